@@ -1,0 +1,24 @@
+//! QLoRA fine-tuning that is run, seen and understood inside Rust notebooks, on one GPU.
+//!
+//! The stages can each be run and looked at one step at a time: memory budget ([`plan`]), 4-bit quantization ([`nf4`]),
+//! LoRA target discovery and merging ([`lora`]), data ([`data`]), resumable training ([`train`]) and text
+//! ([`generate`]). Each returns a value that a notebook cell can hold, print and inspect.
+
+pub mod data;
+pub mod display;
+pub mod engine;
+mod error;
+pub mod files;
+pub mod generate;
+pub mod lora;
+pub mod model;
+pub mod nf4;
+pub mod plan;
+pub mod train;
+
+pub use error::{Error, Result};
+
+/// What a notebook's first cell imports.
+pub mod prelude {
+    pub use crate::{Error, Result};
+}

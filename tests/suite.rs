@@ -1,0 +1,4 @@
+//! All integration tests, one module per stage, in one binary: linking candle once is enough.
+
+#[path = "suite/support.rs"]
+mod support;
