@@ -2,3 +2,8 @@
 
 #[path = "suite/support.rs"]
 mod support;
+
+#[path = "suite/data.rs"]
+mod data;
+#[path = "suite/tiny_tokenizer.rs"]
+mod tiny_tokenizer;
