@@ -20,5 +20,6 @@ pub use error::{Error, Result};
 
 /// What a notebook's first cell imports.
 pub mod prelude {
+    pub use crate::model::{Base, Checkpoint, ModelSpec};
     pub use crate::{Error, Result};
 }

@@ -7,3 +7,5 @@ mod support;
 mod data;
 #[path = "suite/tiny_tokenizer.rs"]
 mod tiny_tokenizer;
+#[path = "suite/model.rs"]
+mod model;

@@ -1,5 +1,19 @@
-//! What a model is: its shape from `config.json`, its tensors in safetensors files, its tokenizer.
+//! What a model is: its shape from `config.json`, its tensors in safetensors files.
+//!
+//! [`ModelSpec`] needs a config and no weights; [`Checkpoint`] reads headers first and tensors one at a time; [`Base`]
+//! is a model directory in which the two agree.
 
+mod base;
+mod bnb;
+mod checkpoint;
+mod config;
+mod header;
+mod presets;
 mod spec;
+mod writer;
 
+pub use base::Base;
+pub use bnb::QuantizationConfig;
+pub use checkpoint::{Checkpoint, TensorInfo};
 pub use spec::{Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
+pub use writer::{SafetensorsWriter, ShardedWriter, TensorHeader, canonical_order, pt_metadata};
