@@ -3,8 +3,12 @@
 #[path = "suite/support.rs"]
 mod support;
 
+#[path = "suite/chat.rs"]
+mod chat;
 #[path = "suite/data.rs"]
 mod data;
+#[path = "suite/rows.rs"]
+mod rows;
 #[path = "suite/tiny_tokenizer.rs"]
 mod tiny_tokenizer;
 #[path = "suite/model.rs"]

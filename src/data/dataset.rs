@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use sha2::{Digest, Sha256};
 
-use crate::data::IGNORE_INDEX;
+use crate::data::{DataReport, IGNORE_INDEX};
 use crate::{Error, Result};
 
 /// One tokenized training example.
@@ -46,6 +46,7 @@ impl Example {
 pub struct Dataset {
     examples: Arc<Vec<Example>>,
     fingerprint: Arc<OnceLock<String>>,
+    report: Option<Arc<DataReport>>,
 }
 
 impl Dataset {
@@ -75,7 +76,17 @@ impl Dataset {
                     .found(label.to_string()));
             }
         }
-        Ok(Dataset { examples: Arc::new(examples), fingerprint: Arc::default() })
+        Ok(Dataset { examples: Arc::new(examples), fingerprint: Arc::default(), report: None })
+    }
+
+    pub(crate) fn with_report(mut self, report: DataReport) -> Self {
+        self.report = Some(Arc::new(report));
+        self
+    }
+
+    /// What became of the rows that it was made from; `None` when it was made from examples.
+    pub fn report(&self) -> Option<&DataReport> {
+        self.report.as_deref()
     }
 
     /// Number of examples.

@@ -154,7 +154,7 @@ fn a_view_shows_which_tokens_are_trained_on() {
 }
 
 #[test]
-fn real_tokenizers_agree_with_transformers() {
+pub fn real_tokenizers_agree_with_transformers() {
     for name in ["mistral-7b-v0.1", "mistral-7b-instruct-v0.3", "qwen2"] {
         let Some(dir) = shared(&format!("real/tokenizers/{name}")) else { return };
         let tokenizer = real_tokenizer(name).unwrap();
@@ -180,7 +180,7 @@ fn real_tokenizers_agree_with_transformers() {
 }
 
 /// A real tokenizer, or `None` where there are none.
-fn real_tokenizer(name: &str) -> Option<Tokenizer> {
+pub fn real_tokenizer(name: &str) -> Option<Tokenizer> {
     let dir = shared(&format!("real/tokenizers/{name}"))?;
     if dir.join("tokenizer.json").exists() {
         return Some(Tokenizer::from_dir(dir).unwrap());
