@@ -5,6 +5,9 @@ mod support;
 
 #[path = "suite/chat.rs"]
 mod chat;
+#[path = "suite/nf4.rs"]
+mod nf4;
+
 #[path = "suite/data.rs"]
 mod data;
 #[path = "suite/rows.rs"]

@@ -1,0 +1,183 @@
+//! From numbers to 4 bits.
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::codebook::QuantType;
+use super::element::{Element, flush};
+use super::tensor::{Absmax, Nf4Config, Nf4Tensor, check_dtype, checked_numel};
+use super::dynamic8;
+use crate::{Error, Result};
+
+/// Elements per unit of parallel work: a multiple of every blocksize, so that no block is shared.
+pub(super) const CHUNK: usize = 1 << 16;
+
+/// Quantizes a tensor to 4 bits.
+///
+/// `t`: f32, bf16 or f16, any shape with at least one element and any layout; what is not contiguous or not on the CPU
+/// is copied first. A contiguous one is read in place, without a copy in f32.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use tunebook::nf4::{self, Nf4Config};
+///
+/// let w = Tensor::randn(0f32, 0.02, (64, 96), &Device::Cpu)?.to_dtype(DType::BF16)?;
+/// let q = nf4::quantize(&w, Nf4Config { double_quant: false, ..Nf4Config::default() })?;
+/// assert_eq!((q.packed.len(), q.absmax.len()), (64 * 96 / 2, 64 * 96 / 64));
+/// // The transpose is another flat list, so it has other blocks.
+/// assert_ne!(q.packed, nf4::quantize(&w.t()?, q.config())?.packed);
+/// # Ok::<(), tunebook::Error>(())
+/// ```
+///
+/// # Errors
+/// A blocksize that is no power of two from 32 to 4096, an empty tensor, another dtype, or a value that is not finite.
+pub fn quantize(t: &Tensor, cfg: Nf4Config) -> Result<Nf4Tensor> {
+    check_dtype(t.dtype())?;
+    with_cpu_data(t, |data, shape| match data {
+        Data::F32(d) => quantize_slice(d, shape, DType::F32, cfg),
+        Data::Bf16(d) => quantize_slice(d, shape, DType::BF16, cfg),
+        Data::F16(d) => quantize_slice(d, shape, DType::F16, cfg),
+    })
+}
+
+/// Quantizes a flat row-major f32 slice. `dtype` is what [`Nf4Tensor::dequantize`] shall give back.
+///
+/// # Errors
+/// As [`quantize`], and a shape whose product is not the length of `data`.
+pub fn quantize_f32(data: &[f32], shape: &[usize], dtype: DType, cfg: Nf4Config) -> Result<Nf4Tensor> {
+    quantize_slice(data, shape, dtype, cfg)
+}
+
+/// Quantizes a flat row-major bf16 slice.
+///
+/// # Errors
+/// As [`quantize_f32`].
+pub fn quantize_bf16(data: &[bf16], shape: &[usize], cfg: Nf4Config) -> Result<Nf4Tensor> {
+    quantize_slice(data, shape, DType::BF16, cfg)
+}
+
+/// Quantizes a flat row-major f16 slice.
+///
+/// # Errors
+/// As [`quantize_f32`].
+pub fn quantize_f16(data: &[f16], shape: &[usize], cfg: Nf4Config) -> Result<Nf4Tensor> {
+    quantize_slice(data, shape, DType::F16, cfg)
+}
+
+/// The elements of a tensor, in place.
+pub(super) enum Data<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// Calls `f` with the flat row-major elements of `t` and its shape.
+pub(super) fn with_cpu_data<R>(t: &Tensor, f: impl FnOnce(Data<'_>, &[usize]) -> Result<R>) -> Result<R> {
+    let t = t.to_device(&Device::Cpu)?.contiguous()?;
+    let shape = t.dims().to_vec();
+    let n = t.elem_count();
+    let (storage, layout) = t.storage_and_layout();
+    let start = layout.start_offset();
+    let range = start..start + n;
+    let outside = || Error::new("a tensor that reaches past its storage").at("tensor");
+    let Storage::Cpu(cpu) = &*storage else {
+        return Err(Error::new("a tensor that is not on the CPU").at("tensor").next("t.to_device(&Device::Cpu)?"));
+    };
+    match cpu {
+        CpuStorage::F32(v) => f(Data::F32(v.get(range).ok_or_else(outside)?), &shape),
+        CpuStorage::BF16(v) => f(Data::Bf16(v.get(range).ok_or_else(outside)?), &shape),
+        CpuStorage::F16(v) => f(Data::F16(v.get(range).ok_or_else(outside)?), &shape),
+        _ => Err(check_dtype(t.dtype()).err().unwrap_or_else(outside)),
+    }
+}
+
+fn quantize_slice<T: Element>(data: &[T], shape: &[usize], dtype: DType, cfg: Nf4Config) -> Result<Nf4Tensor> {
+    cfg.validate()?;
+    check_dtype(dtype)?;
+    check_length(data.len(), shape)?;
+    let n = data.len();
+    let mut packed = vec![0u8; n.div_ceil(2)];
+    let mut absmax = vec![0f32; n.div_ceil(cfg.blocksize)];
+    packed
+        .par_chunks_mut(CHUNK / 2)
+        .zip(absmax.par_chunks_mut(CHUNK / cfg.blocksize))
+        .zip(data.par_chunks(CHUNK))
+        .for_each(|((p, a), d)| quantize_blocks(d, p, a, cfg.quant_type, cfg.blocksize));
+    check_finite(data, &absmax, cfg.blocksize)?;
+    let absmax = if cfg.double_quant { nest(absmax, cfg.nested_blocksize) } else { Absmax::F32(absmax) };
+    Ok(Nf4Tensor { packed, absmax, shape: shape.to_vec(), dtype, quant_type: cfg.quant_type, blocksize: cfg.blocksize })
+}
+
+fn check_length(len: usize, shape: &[usize]) -> Result<()> {
+    let n = checked_numel(shape)?;
+    if n != len {
+        return Err(Error::new("data and shape differ")
+            .at("shape")
+            .expected(format!("{n} elements for {shape:?}"))
+            .found(format!("{len} elements")));
+    }
+    if n == 0 {
+        return Err(Error::new("nothing to quantize").at("tensor").expected("at least one element").found(format!("{shape:?}")));
+    }
+    Ok(())
+}
+
+/// A block's absmax is taken from bit patterns, so a NaN or an infinity in the block is the largest of them.
+fn check_finite<T: Element>(data: &[T], absmax: &[f32], blocksize: usize) -> Result<()> {
+    let Some(block) = absmax.iter().position(|a| !a.is_finite()) else { return Ok(()) };
+    let start = block * blocksize;
+    let inside = data.iter().skip(start).take(blocksize).position(|v| !v.read().is_finite()).unwrap_or(0);
+    let found = data.get(start + inside).map_or(f32::NAN, |v| v.read());
+    Err(Error::new("a value that is not finite cannot be quantized")
+        .at(format!("element {} (block {block})", start + inside))
+        .expected("finite weights")
+        .found(found.to_string())
+        .next("check the file that the weights came from"))
+}
+
+/// Blocks one after the other: `packed` and `absmax` belong to `data`.
+fn quantize_blocks<T: Element>(data: &[T], packed: &mut [u8], absmax: &mut [f32], quant_type: QuantType, blocksize: usize) {
+    let blocks = data.chunks(blocksize).zip(packed.chunks_mut(blocksize / 2)).zip(absmax);
+    for ((x, bytes), a) in blocks {
+        *a = quantize_block(x, bytes, quant_type);
+    }
+}
+
+/// One block, element by element: the definition that the fast paths are tested against. Returns its absmax.
+pub(super) fn quantize_block<T: Element>(x: &[T], bytes: &mut [u8], quant_type: QuantType) -> f32 {
+    let absmax = x.iter().fold(0f32, |m, v| larger(m, flush(v.read()).abs()));
+    // Multiplied by the reciprocal, not divided: some codes differ. In an all-zero block 0 * inf is NaN: code 0.
+    let reciprocal = 1.0 / absmax;
+    for (byte, pair) in bytes.iter_mut().zip(x.chunks(2)) {
+        let high = flush(pair[0].read()) * reciprocal;
+        // Past the end of an odd block there is a zero.
+        let low = pair.get(1).map_or(0.0, |v| flush(v.read())) * reciprocal;
+        *byte = quant_type.encode(high) << 4 | quant_type.encode(low);
+    }
+    absmax
+}
+
+/// The larger of two that are not negative, by their bits: NaN is larger than all else.
+fn larger(a: f32, b: f32) -> f32 {
+    f32::from_bits(a.to_bits().max(b.to_bits()))
+}
+
+/// Nested quantization: takes the mean away and quantizes the rest to 8 bits.
+fn nest(absmax: Vec<f32>, blocksize: usize) -> Absmax {
+    let offset = mean(&absmax);
+    let centred: Vec<f32> = absmax.iter().map(|a| a - offset).collect();
+    let (codes, absmax) = dynamic8::quantize_blocks(&centred, dynamic8::signed_map(), blocksize);
+    Absmax::Nested { codes, absmax, offset, blocksize }
+}
+
+/// The mean, summed in f64 in eight lanes: a fixed order.
+fn mean(values: &[f32]) -> f32 {
+    let mut lanes = [0f64; 8];
+    for chunk in values.chunks(8) {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(*v);
+        }
+    }
+    (lanes.iter().sum::<f64>() / values.len() as f64) as f32
+}
