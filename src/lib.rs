@@ -20,6 +20,7 @@ pub use error::{Error, Result};
 
 /// What a notebook's first cell imports.
 pub mod prelude {
+    pub use crate::lora::{self, Adapter, LoraConfig, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
     pub use crate::{Error, Result};
 }

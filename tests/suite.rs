@@ -14,5 +14,7 @@ mod data;
 mod rows;
 #[path = "suite/tiny_tokenizer.rs"]
 mod tiny_tokenizer;
+#[path = "suite/lora.rs"]
+mod lora;
 #[path = "suite/model.rs"]
 mod model;
