@@ -18,3 +18,5 @@ mod tiny_tokenizer;
 mod lora;
 #[path = "suite/model.rs"]
 mod model;
+#[path = "suite/engine.rs"]
+mod engine;

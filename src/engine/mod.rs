@@ -1,1 +1,277 @@
-//! engine
+//! The transformer, forward and backward, as lists of operations, and the engine that executes them inside one arena.
+//!
+//! [`ops`] says what the operations are; `transformer` writes each phase as a list of them; [`crate::plan`] places what
+//! they touch; a backend ([`cpu`]) executes them. [`Engine`] puts these together.
+
+pub mod cpu;
+mod decoder;
+pub mod dropout;
+pub(crate) mod layout;
+mod load;
+pub mod ops;
+pub mod optimizer;
+mod tensors;
+pub(crate) mod transformer;
+mod uses;
+
+pub use layout::{MIN_PAGED_SIZE, Trainable};
+pub use tensors::StateTensor;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use crate::data::{Batch, IGNORE_INDEX};
+use crate::plan::{Lifetime, MemoryPlan, Phase};
+use crate::{Error, Result};
+use cpu::{CpuOps, StepState};
+use ops::{Ops, TensorId};
+use optimizer::AdamWHyper;
+
+/// A model in its arena: takes steps, evaluates, gives logits, generates.
+///
+/// It allocates [`MemoryPlan::arena_bytes`] once and nothing that lasts afterwards. Weights come in by
+/// [`Engine::load`].
+pub struct Engine {
+    plan: MemoryPlan,
+    ops: CpuOps,
+    /// The phase that was being executed when something went wrong, or is being executed.
+    interrupted: Option<Phase>,
+    seconds: BTreeMap<&'static str, f64>,
+    fill_dead: bool,
+    /// Tokens in the KV cache; `None`: its space was used by another phase.
+    cached: Option<usize>,
+}
+
+/// The summed loss of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSum {
+    /// Sum of the cross-entropy (natural logarithm) of every token that has a label.
+    pub sum: f64,
+    /// Number of those tokens.
+    pub tokens: u64,
+}
+
+impl LossSum {
+    /// Mean cross-entropy per token; NaN when there is none.
+    pub fn mean(&self) -> f64 {
+        self.sum / self.tokens as f64
+    }
+}
+
+/// What an optimizer step found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GradNorm {
+    /// Global L2 norm of the accumulated gradients, before clipping.
+    pub norm: f64,
+    /// The factor by which they were scaled, 1 when nothing was clipped.
+    pub clip: f64,
+}
+
+impl Engine {
+    /// Allocates the plan's arena.
+    ///
+    /// # Errors
+    /// A plan for another device; memory that the system does not give.
+    pub fn new(plan: &MemoryPlan) -> Result<Self> {
+        let state = StepState {
+            loss_scale: 1.0,
+            dropout_seed: 0,
+            micro_step: 0,
+            training: false,
+            adapter: true,
+            adamw: AdamWHyper {
+                lr: 0.0,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.0,
+                step: 1,
+                grad_scale: 1.0,
+            },
+            max_grad_norm: 0.0,
+        };
+        let mut ops = CpuOps::new(plan, state)?;
+        let frequencies = plan.spec().inv_freq();
+        ops.write::<f32>(plan.layout().inv_freq).copy_from_slice(&frequencies);
+        Ok(Engine {
+            plan: plan.clone(),
+            ops,
+            interrupted: None,
+            seconds: BTreeMap::new(),
+            fill_dead: false,
+            cached: Some(0),
+        })
+    }
+
+    /// The plan that the engine runs.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Fills every region with NaN when its life ends, so that a mistake in a lifetime shows as a NaN loss. For tests.
+    pub fn fill_dead_regions(&mut self, on: bool) {
+        self.fill_dead = on;
+    }
+
+    /// Switches the adapter off or on for evaluation and generation: the base model alone, or with what was learnt.
+    pub fn enable_adapter(&mut self, on: bool) {
+        self.ops.state.adapter = on;
+        self.cached = None;
+    }
+
+    /// Seconds spent in each kind of operation since the last call.
+    pub fn take_seconds(&mut self) -> Vec<(&'static str, f64)> {
+        let out = self.seconds.iter().filter(|(_, s)| **s > 0.0).map(|(name, s)| (*name, *s)).collect();
+        self.seconds.values_mut().for_each(|s| *s = 0.0);
+        out
+    }
+
+    /// Forward and backward pass of one micro-batch; gradients are added to what is there, each token's scaled by
+    /// 1 / `num_items`.
+    ///
+    /// `num_items` is the number of labels in all micro-batches of the step, so that the loss is the mean over the
+    /// accumulated batch. `micro_step` counts micro-steps since the run began and `seed` is the run's: they choose
+    /// the dropout masks.
+    ///
+    /// # Errors
+    /// A batch beyond the plan's capacity, tokens outside the vocabulary, an engine that failed before.
+    pub fn micro_step(&mut self, batch: Batch, num_items: usize, seed: u64, micro_step: u64) -> Result<LossSum> {
+        if self.plan.program(Phase::MicroStep).is_empty() {
+            return Err(Error::new("nothing is trained under this plan")
+                .at("method")
+                .expected("full fine-tuning, LoRA or QLoRA")
+                .found(self.plan.config().method.label()));
+        }
+        if !self.ops.state.adapter {
+            return Err(Error::new("the adapter is switched off").next("call enable_adapter(true) before training"));
+        }
+        self.accept(batch)?;
+        let state = &mut self.ops.state;
+        state.loss_scale = 1.0 / num_items.max(1) as f32;
+        state.dropout_seed = seed;
+        state.micro_step = micro_step;
+        state.training = true;
+        self.execute(Phase::MicroStep)?;
+        Ok(self.loss())
+    }
+
+    /// Clips the accumulated gradients to `max_grad_norm` (0: not at all), updates every trained tensor, and sets the
+    /// gradients to zero. `grad_scale` of `hyper` is ignored: the clip factor takes its place.
+    ///
+    /// # Errors
+    /// An engine that failed before.
+    pub fn optimizer_step(&mut self, hyper: AdamWHyper, max_grad_norm: f64) -> Result<GradNorm> {
+        self.ops.state.adamw = hyper;
+        self.ops.state.max_grad_norm = max_grad_norm;
+        self.execute(Phase::Optimizer)?;
+        let v = self.ops.read::<f64>(self.plan.layout().grad_norm);
+        Ok(GradNorm { norm: v[0], clip: v[1] })
+    }
+
+    /// The loss of a batch, without dropout and without gradients.
+    ///
+    /// # Errors
+    /// As [`Engine::micro_step`].
+    pub fn evaluate(&mut self, batch: Batch) -> Result<LossSum> {
+        self.accept(batch)?;
+        self.ops.state.training = false;
+        self.execute(Phase::Evaluate)?;
+        Ok(self.loss())
+    }
+
+    /// All logits of a batch, f32 `[T, V]` row-major.
+    ///
+    /// # Errors
+    /// As [`Engine::micro_step`].
+    pub fn logits(&mut self, batch: Batch) -> Result<Vec<f32>> {
+        self.accept(batch)?;
+        self.ops.state.training = false;
+        self.execute(Phase::Logits)?;
+        Ok(std::mem::take(&mut self.ops.logits))
+    }
+
+    fn loss(&self) -> LossSum {
+        let v = self.ops.read::<f64>(self.plan.layout().loss);
+        LossSum { sum: v[0], tokens: v[1] as u64 }
+    }
+
+    /// Checks a batch against the plan and holds it for `load_batch`.
+    fn accept(&mut self, batch: Batch) -> Result<()> {
+        let (spec, config) = (self.plan.spec(), self.plan.config());
+        let beyond = |what: &str, expected: String, found: String| {
+            Err(Error::new(format!("the batch has {what}")).at("batch").expected(expected).found(found))
+        };
+        let capacity = config.capacity();
+        if batch.tokens() == 0 {
+            return beyond("no tokens", "at least one".into(), "none".into());
+        }
+        if batch.tokens() > capacity {
+            let expected = format!("at most {capacity} = {} x {}", config.micro_batch_size, config.max_seq_length);
+            return beyond("more tokens than the plan", expected, batch.tokens().to_string()).map_err(|e: Error| {
+                e.next("plan with a larger .batch() or .seq(), or use fewer or shorter examples")
+            });
+        }
+        if let Some(id) = batch.input_ids.iter().find(|&&id| id as usize >= spec.vocab_size) {
+            return beyond("a token outside the vocabulary", format!("below {}", spec.vocab_size), id.to_string());
+        }
+        let wrong = |l: &&i32| **l != IGNORE_INDEX && (**l < 0 || **l as usize >= spec.vocab_size);
+        if let Some(label) = batch.labels.iter().find(wrong) {
+            return beyond("a label outside the vocabulary", format!("below {}", spec.vocab_size), label.to_string());
+        }
+        let longest = batch.positions.iter().max().copied().unwrap_or(0) as usize + 1;
+        if longest > spec.max_position_embeddings {
+            let expected = format!("at most max_position_embeddings = {}", spec.max_position_embeddings);
+            return beyond("an example that is too long", expected, format!("{longest} tokens"));
+        }
+        self.ops.batch = Some(batch);
+        Ok(())
+    }
+
+    /// Executes a phase's program.
+    fn execute(&mut self, phase: Phase) -> Result<()> {
+        if let Some(phase) = self.interrupted {
+            return Err(Error::new("the engine stopped in the middle of an operation and cannot go on")
+                .at(phase.label())
+                .next("resume the run from its last checkpoint, or build the engine again"));
+        }
+        if phase != Phase::Generate {
+            self.cached = None;
+        }
+        // Stays set when an operation fails or panics.
+        self.interrupted = Some(phase);
+        let plan = self.plan.clone();
+        let scratch = plan.scratch(phase);
+        for (i, op) in plan.program(phase).iter().enumerate() {
+            let start = Instant::now();
+            self.ops.run(op, scratch[i])?;
+            *self.seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
+            if self.fill_dead {
+                let dead = dead_after(&plan, phase, i as u32);
+                self.ops.poison(&dead, scratch[i]);
+            }
+        }
+        self.interrupted = None;
+        Ok(())
+    }
+}
+
+/// The regions whose life ends with operation `i`.
+fn dead_after(plan: &MemoryPlan, phase: Phase, i: u32) -> Vec<TensorId> {
+    let ends = |lifetime: Lifetime| matches!(lifetime, Lifetime::Within { phase: p, last, first } if p == phase && last == i && first <= last);
+    let regions = plan.regions().iter().enumerate();
+    regions.filter(|(_, r)| ends(r.lifetime)).map(|(n, _)| TensorId(n as u32)).collect()
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (spec, config) = (self.plan.spec(), self.plan.config());
+        write!(
+            f,
+            "Engine({}, {}, {} tokens per micro-batch, arena of {} bytes)",
+            spec.name,
+            config.method.label(),
+            config.capacity(),
+            self.plan.arena_bytes()
+        )
+    }
+}

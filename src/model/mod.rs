@@ -9,11 +9,13 @@ mod checkpoint;
 mod config;
 mod header;
 mod presets;
+mod rope;
 mod spec;
 mod writer;
 
 pub use base::Base;
 pub use bnb::QuantizationConfig;
 pub use checkpoint::{Checkpoint, TensorInfo};
+pub(crate) use spec::dtype_name;
 pub use spec::{Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
 pub use writer::{SafetensorsWriter, ShardedWriter, TensorHeader, canonical_order, pt_metadata};

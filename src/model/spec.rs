@@ -166,7 +166,7 @@ impl ModelSpec {
 }
 
 /// Serialises a candle dtype by its name (`bf16`, `f32`, ...).
-mod dtype_name {
+pub(crate) mod dtype_name {
     use candle_core::DType;
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
     use std::str::FromStr;

@@ -1,1 +1,20 @@
-//! plan
+//! The memory plan: every byte of a run, before a weight is loaded. The plan is the allocator.
+//!
+//! A [`MemoryPlan`] lists regions with their lifetimes, read from the very operations that the engine will execute
+//! ([`crate::engine::ops::Op`]), and places them so that regions which never live together share space. The engine owns
+//! one allocation of [`MemoryPlan::arena_bytes`] and reads every offset from the plan.
+
+mod config;
+pub mod estimate;
+pub mod gpu;
+mod memory;
+mod pack;
+mod region;
+mod scratch;
+
+pub use gpu::Gpu;
+pub use config::{Checkpointing, Method, PlanConfig};
+pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};
+pub use pack::ALIGNMENT;
+pub use region::{Lifetime, Phase, Region, Space, Stage};
+pub use scratch::scratch_bytes;

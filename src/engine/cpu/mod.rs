@@ -1,0 +1,276 @@
+//! The CPU backend: f32, multi-threaded, one file per operation. The reference that the GPU is compared with.
+//!
+//! The same bits for any number of threads: work is cut into parts that depend on shapes alone, and every sum has a
+//! fixed order.
+
+mod add_rmsnorm;
+mod arena;
+mod attention;
+mod attention_backward;
+mod embedding;
+mod linear;
+mod lm_head;
+mod math;
+mod matmul;
+mod optimizer;
+mod rotary;
+mod swiglu;
+
+pub use arena::Arena;
+
+use super::ops::*;
+use super::optimizer::AdamWHyper;
+use crate::data::Batch;
+use crate::plan::{MemoryPlan, Region, Space};
+use crate::{Error, Result};
+
+/// What changes from step to step: read by the operations, never part of them.
+#[derive(Clone, Debug)]
+pub struct StepState {
+    /// Factor of every token's gradient: 1 / number of labels in the whole accumulated batch.
+    pub loss_scale: f32,
+    /// Key of the dropout masks.
+    pub dropout_seed: u64,
+    /// Number of the micro-step since the run began: every micro-step has masks of its own.
+    pub micro_step: u64,
+    /// Dropout is applied (training) or not (evaluation, generation).
+    pub training: bool,
+    /// The adapter takes part.
+    pub adapter: bool,
+    /// Hyper-parameters of the update.
+    pub adamw: AdamWHyper,
+    /// Gradients are scaled down to this global norm; 0: never.
+    pub max_grad_norm: f64,
+}
+
+/// The arena, the plan's map of it, and the state of the step.
+pub struct CpuOps {
+    plan: MemoryPlan,
+    arena: Arena,
+    host: Arena,
+    /// T of the batch at hand.
+    tokens: usize,
+    /// Where each example of the batch at hand starts.
+    cu_seqlens: Vec<u32>,
+    /// The batch that `load_batch` copies in.
+    pub(crate) batch: Option<Batch>,
+    /// Filled by `lm_head_logits` when all logits are wanted.
+    pub(crate) logits: Vec<f32>,
+    /// Scalars of the step.
+    pub state: StepState,
+}
+
+impl CpuOps {
+    /// Allocates the plan's arena, zeroed.
+    ///
+    /// # Errors
+    /// A plan for another compute dtype; memory that the system does not give.
+    pub fn new(plan: &MemoryPlan, state: StepState) -> Result<Self> {
+        if plan.config().compute_dtype != candle_core::DType::F32 {
+            return Err(Error::new("the CPU computes in f32")
+                .at("compute_dtype")
+                .expected("f32")
+                .found(format!("{:?}", plan.config().compute_dtype))
+                .next("add `.cpu()` to the plan's builder"));
+        }
+        let arena = Arena::new(plan.arena_bytes())?;
+        let host = Arena::new(plan.host_bytes())?;
+        let capacity = plan.config().capacity();
+        Ok(CpuOps {
+            plan: plan.clone(),
+            arena,
+            host,
+            tokens: 0,
+            cu_seqlens: Vec::with_capacity(capacity + 1),
+            batch: None,
+            logits: Vec::new(),
+            state,
+        })
+    }
+
+    fn region(&self, id: TensorId) -> &Region {
+        &self.plan.regions()[id.index()]
+    }
+
+    /// A region's bytes.
+    ///
+    /// # Safety
+    /// The caller holds no other reference to a region that shares these bytes: true inside one operation, because the
+    /// plan gives its operands places of their own.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn bytes(&self, id: TensorId) -> &mut [u8] {
+        let r = self.region(id);
+        let arena = if r.space == Space::Host { &self.host } else { &self.arena };
+        // SAFETY: the plan keeps offset + bytes inside the arena; disjointness is the caller's.
+        unsafe { arena.slice(r.offset, r.bytes()) }
+    }
+
+    /// A region as elements of `T`, whose size is that of the region's dtype.
+    ///
+    /// # Safety
+    /// As [`CpuOps::bytes`].
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice<T: bytemuck::Pod>(&self, id: TensorId) -> &mut [T] {
+        debug_assert_eq!(self.region(id).dtype.size_in_bytes(), size_of::<T>());
+        // SAFETY: as above; regions are aligned to 256 bytes.
+        bytemuck::cast_slice_mut(unsafe { self.bytes(id) })
+    }
+
+    /// The rows of the batch at hand of an activation `[T, width]`, f32.
+    ///
+    /// # Safety
+    /// As [`CpuOps::bytes`].
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn rows(&self, id: TensorId) -> &mut [f32] {
+        let r = self.region(id);
+        let width = r.numel() / r.shape[0];
+        let tokens = self.tokens;
+        // SAFETY: passed on to the caller.
+        let all = unsafe { self.slice::<f32>(id) };
+        &mut all[..tokens * width]
+    }
+
+    /// An operation's scratch as f32.
+    ///
+    /// # Safety
+    /// As [`CpuOps::bytes`]: one borrow at a time.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn scratch(&self, s: Scratch) -> &mut [f32] {
+        // SAFETY: the plan placed it; passed on to the caller.
+        bytemuck::cast_slice_mut(unsafe { self.arena.slice(s.offset, s.bytes / 4 * 4) })
+    }
+
+    /// Copies a region's elements out.
+    pub(crate) fn read<T: bytemuck::Pod>(&self, id: TensorId) -> Vec<T> {
+        // SAFETY: copied at once; no operation runs meanwhile because `run` needs `&mut self`.
+        unsafe { self.slice::<T>(id) }.to_vec()
+    }
+
+    /// A region to be filled from outside.
+    pub(crate) fn write<T: bytemuck::Pod>(&mut self, id: TensorId) -> &mut [T] {
+        // SAFETY: the exclusive borrow of `self` covers the result.
+        unsafe { self.slice::<T>(id) }
+    }
+
+    /// A region's bytes, to be restored.
+    pub(crate) fn write_bytes(&mut self, id: TensorId) -> &mut [u8] {
+        // SAFETY: the exclusive borrow of `self` covers the result.
+        unsafe { self.bytes(id) }
+    }
+
+    /// A region's bytes, to be saved.
+    pub(crate) fn raw(&self, id: TensorId) -> &[u8] {
+        // SAFETY: shared borrow of `self`; operations need `&mut self`.
+        unsafe { self.bytes(id) }
+    }
+
+    /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
+    pub(crate) fn poison(&mut self, ids: &[TensorId], scratch: Scratch) {
+        for &id in ids {
+            // SAFETY: exclusive borrow.
+            unsafe { self.bytes(id) }.fill(0xff);
+        }
+        // SAFETY: exclusive borrow.
+        unsafe { self.arena.slice(scratch.offset, scratch.bytes) }.fill(0xff);
+    }
+}
+
+impl Ops for CpuOps {
+    fn load_batch(&mut self, op: &LoadBatch) -> Result<()> {
+        let batch = self.batch.take().ok_or_else(|| Error::new("no batch was given to the engine"))?;
+        self.tokens = batch.tokens();
+        self.cu_seqlens.clear();
+        self.cu_seqlens.extend_from_slice(&batch.cu_seqlens);
+        let t = self.tokens;
+        self.write::<u32>(op.tokens)[..t].copy_from_slice(&batch.input_ids);
+        self.write::<u32>(op.positions)[..t].copy_from_slice(&batch.positions);
+        self.write::<u32>(op.cu_seqlens)[..batch.cu_seqlens.len()].copy_from_slice(&batch.cu_seqlens);
+        if let Some(labels) = op.labels {
+            self.write::<i32>(labels)[..t].copy_from_slice(&batch.labels);
+        }
+        Ok(())
+    }
+    fn embedding(&mut self, op: &Embedding) -> Result<()> {
+        self.embed(op);
+        Ok(())
+    }
+    fn embedding_backward(&mut self, op: &EmbeddingBackward) -> Result<()> {
+        self.embed_backward(op);
+        Ok(())
+    }
+    fn add_rmsnorm(&mut self, op: &AddRmsnorm) -> Result<()> {
+        self.add_norm(op);
+        Ok(())
+    }
+    fn rescale(&mut self, op: &Rescale) -> Result<()> {
+        self.norm_again(op);
+        Ok(())
+    }
+    fn rmsnorm_backward(&mut self, op: &RmsnormBackward, _: Scratch) -> Result<()> {
+        self.norm_backward(op);
+        Ok(())
+    }
+    fn linear(&mut self, op: &Linear, scratch: Scratch) -> Result<()> {
+        self.linear_forward(op, scratch);
+        Ok(())
+    }
+    fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
+        self.linear_grad(op, scratch);
+        Ok(())
+    }
+    fn rotary(&mut self, op: &Rotary) -> Result<()> {
+        self.rotate(op);
+        Ok(())
+    }
+    fn attention(&mut self, op: &Attention) -> Result<()> {
+        self.attend(op);
+        Ok(())
+    }
+    fn attention_backward(&mut self, op: &AttentionBackward, scratch: Scratch) -> Result<()> {
+        self.attend_backward(op, scratch);
+        Ok(())
+    }
+    fn cached_attention(&mut self, op: &CachedAttention) -> Result<()> {
+        self.attend_cached(op);
+        Ok(())
+    }
+    fn swiglu(&mut self, op: &Swiglu) -> Result<()> {
+        self.gate(op);
+        Ok(())
+    }
+    fn swiglu_backward(&mut self, op: &SwigluBackward) -> Result<()> {
+        self.gate_backward(op);
+        Ok(())
+    }
+    fn lm_head_ce(&mut self, op: &LmHeadCe, scratch: Scratch) -> Result<()> {
+        self.cross_entropy(op, scratch);
+        Ok(())
+    }
+    fn lm_head_logits(&mut self, op: &LmHeadLogits) -> Result<()> {
+        self.project_logits(op);
+        Ok(())
+    }
+    fn grad_norm(&mut self, op: &GradNorm) -> Result<()> {
+        self.global_norm(op);
+        Ok(())
+    }
+    fn adamw(&mut self, op: &AdamW) -> Result<()> {
+        self.update(op);
+        Ok(())
+    }
+    fn page_in(&mut self, op: &PageIn) -> Result<()> {
+        self.copy(op.host, op.window);
+        Ok(())
+    }
+    fn page_out(&mut self, op: &PageOut) -> Result<()> {
+        self.copy(op.window, op.host);
+        Ok(())
+    }
+    fn zero(&mut self, op: &Zero) -> Result<()> {
+        for &id in &op.tensors {
+            // SAFETY: one region at a time, exclusive borrow.
+            unsafe { self.bytes(id) }.fill(0);
+        }
+        Ok(())
+    }
+}

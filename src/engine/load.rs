@@ -1,0 +1,200 @@
+//! Weights from files into the arena, one tensor at a time.
+
+use candle_core::DType;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::Engine;
+use super::ops::{TensorId, Weight};
+use crate::lora::{Adapter, LoraPair};
+use crate::model::Base;
+use crate::nf4::{Absmax, Nf4Tensor, quantize};
+use crate::{Error, Result};
+
+impl Engine {
+    /// Loads the base weights, quantizing those that the plan holds in 4 bits.
+    ///
+    /// A base that is stored in 4 bits with the plan's block sizes is copied code by code; with others it is
+    /// dequantized first.
+    ///
+    /// # Errors
+    /// A base of another shape than the plan's, files that are damaged.
+    pub fn load(&mut self, base: &Base) -> Result<()> {
+        self.check_base(base)?;
+        let slots = self.plan.layout().weights.clone();
+        for slot in &slots {
+            let stored = match slot.name.strip_suffix(".weight") {
+                Some(module) if slot.shape.len() == 2 => base.nf4(module)?,
+                _ => None,
+            };
+            match slot.weight {
+                Weight::Dense { w } => {
+                    let out = self.ops.write::<f32>(w);
+                    match stored {
+                        Some(q) => out.copy_from_slice(&q.dequantize_f32()?),
+                        None => base.checkpoint().read_f32_into(&slot.name, out)?,
+                    }
+                }
+                Weight::Nf4 { packed, absmax, nested, config } => {
+                    let q = match stored {
+                        Some(q) if q.config() == config => q,
+                        Some(q) => quantize(&q.dequantize()?, config)?,
+                        None => quantize(&base.checkpoint().read_tensor(&slot.name)?, config)?,
+                    };
+                    let nested = nested.map(|n| (n.absmax, n.offset));
+                    self.write_nf4(&q, packed, absmax, nested).map_err(|e| e.at(slot.name.clone()))?;
+                }
+            }
+        }
+        self.cached = None;
+        Ok(())
+    }
+
+    fn check_base(&self, base: &Base) -> Result<()> {
+        let (a, b) = (self.plan.spec(), base.spec());
+        let shape = |s: &crate::model::ModelSpec| s.tensors();
+        if shape(a) != shape(b) {
+            return Err(Error::new("the base has another shape than the plan's model")
+                .at_path(base.dir())
+                .expected(format!("{} ({} parameters)", a.name, a.total_params()))
+                .found(format!("{} ({} parameters)", b.name, b.total_params()))
+                .next("plan with the spec of this base: MemoryPlan::qlora(base.spec())"));
+        }
+        base.validate()
+    }
+
+    fn write_nf4(
+        &mut self,
+        q: &Nf4Tensor,
+        packed: TensorId,
+        absmax: TensorId,
+        nested: Option<(TensorId, TensorId)>,
+    ) -> Result<()> {
+        self.ops.write::<u8>(packed).copy_from_slice(&q.packed);
+        match (&q.absmax, nested) {
+            (Absmax::F32(values), None) => self.ops.write::<f32>(absmax).copy_from_slice(values),
+            (Absmax::Nested { codes, absmax: scales, offset, .. }, Some((nested_absmax, nested_offset))) => {
+                self.ops.write::<u8>(absmax).copy_from_slice(codes);
+                self.ops.write::<f32>(nested_absmax).copy_from_slice(scales);
+                self.ops.write::<f32>(nested_offset)[0] = *offset;
+            }
+            _ => return Err(Error::new("the weight's scales are not nested as the plan says")),
+        }
+        Ok(())
+    }
+
+    /// Draws random base weights, normal with standard deviation 0.02 and norms of one: a model from scratch.
+    ///
+    /// # Errors
+    /// A plan with a 4-bit base.
+    pub fn init_weights(&mut self, seed: u64) -> Result<()> {
+        let slots = self.plan.layout().weights.clone();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        for slot in &slots {
+            let Weight::Dense { w } = slot.weight else {
+                return Err(Error::new("random weights are dense").at(slot.name.clone()).found("a 4-bit base"));
+            };
+            let out = self.ops.write::<f32>(w);
+            if slot.shape.len() == 1 {
+                out.fill(1.0);
+            } else {
+                let normal = rand_distr_normal(0.02);
+                out.iter_mut().for_each(|x| *x = normal(&mut rng));
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws the adapter: A uniform in ±1/sqrt(in_features) (PEFT's kaiming_uniform with a = sqrt 5), B zero, so that the
+    /// first forward pass gives what the base gives.
+    ///
+    /// # Errors
+    /// A plan without an adapter.
+    pub fn init_adapter(&mut self, seed: u64) -> Result<()> {
+        let Some(lora) = &self.plan.config().lora else {
+            return Err(Error::new("the plan has no adapter").at("lora").next("plan with MemoryPlan::lora or ::qlora"));
+        };
+        let adapter = Adapter::init(self.plan.spec(), lora, seed)?;
+        self.load_adapter(&adapter)
+    }
+
+    /// The adapter as it is now.
+    pub fn adapter_pairs(&self) -> Vec<(String, LoraPair)> {
+        let layout = self.plan.layout();
+        let pair = |lora: &super::ops::Lora| {
+            let shape = |id: TensorId| self.plan.regions()[id.index()].shape.clone();
+            LoraPair {
+                a: self.ops.read::<f32>(lora.a),
+                b: self.ops.read::<f32>(lora.b),
+                r: lora.r,
+                in_features: shape(lora.a)[1],
+                out_features: shape(lora.b)[0],
+                scaling: f64::from(lora.scaling),
+            }
+        };
+        layout.adapters.iter().map(|(name, lora)| (name.clone(), pair(lora))).collect()
+    }
+
+    /// Takes an adapter's matrices.
+    ///
+    /// # Errors
+    /// Modules, ranks or a scaling other than the plan's.
+    pub fn load_adapter(&mut self, adapter: &Adapter) -> Result<()> {
+        let adapters = self.plan.layout().adapters.clone();
+        if let Some(extra) = adapter.tensors.keys().find(|name| !adapters.contains_key(*name)) {
+            return Err(Error::new("the adapter has a module that the plan does not adapt")
+                .at(extra.clone())
+                .next("plan with the adapter's own configuration: .adapter(LoraConfig of the adapter)"));
+        }
+        for (name, lora) in adapters {
+            let Some(pair) = adapter.tensors.get(&name) else {
+                return Err(Error::new("the adapter lacks a module that the plan adapts").at(name));
+            };
+            let (a, b) = (self.ops.write::<f32>(lora.a).len(), self.ops.write::<f32>(lora.b).len());
+            if pair.r != lora.r || pair.a.len() != a || pair.b.len() != b {
+                return Err(Error::new("the adapter's matrices have other shapes than the plan's")
+                    .at(name)
+                    .expected(format!("r = {}, {a} and {b} elements", lora.r))
+                    .found(format!("r = {}, {} and {} elements", pair.r, pair.a.len(), pair.b.len())));
+            }
+            let scaling = f64::from(lora.scaling);
+            if (pair.scaling - scaling).abs() > 1e-6 * scaling.abs() {
+                return Err(Error::new("the adapter is scaled in another way than the plan's")
+                    .at(name)
+                    .expected(scaling.to_string())
+                    .found(pair.scaling.to_string()));
+            }
+            self.ops.write::<f32>(lora.a).copy_from_slice(&pair.a);
+            self.ops.write::<f32>(lora.b).copy_from_slice(&pair.b);
+        }
+        self.cached = None;
+        Ok(())
+    }
+
+    /// A dense weight as it is now, e.g. after full fine-tuning: f32, row-major.
+    ///
+    /// # Errors
+    /// A name that the model does not have, a 4-bit weight.
+    pub fn weight(&self, name: &str) -> Result<Vec<f32>> {
+        let slot = self.plan.layout().weights.iter().find(|s| s.name == name);
+        let slot = slot.ok_or_else(|| Error::new("the model has no such weight").at(name.to_string()))?;
+        match slot.weight {
+            Weight::Dense { w } => Ok(self.ops.read::<f32>(w)),
+            Weight::Nf4 { .. } => Err(Error::new("the weight is held in 4 bits")
+                .at(name.to_string())
+                .expected(DType::F32.as_str())
+                .next("read it from the base, or plan a dense base")),
+        }
+    }
+}
+
+/// A normal distribution by the polar method, with nothing kept between calls but the generator.
+fn rand_distr_normal(std: f32) -> impl Fn(&mut ChaCha8Rng) -> f32 {
+    move |rng| loop {
+        let (x, y): (f32, f32) = (rng.random_range(-1.0..1.0), rng.random_range(-1.0..1.0));
+        let s = x * x + y * y;
+        if s > 0.0 && s < 1.0 {
+            return x * (-2.0 * s.ln() / s).sqrt() * std;
+        }
+    }
+}

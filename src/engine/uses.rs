@@ -1,0 +1,100 @@
+//! Which tensors an operation touches: what the plan's lifetimes are read from.
+
+use super::ops::{LinearIds, Moments, Op, TensorId, Weight};
+
+impl Op {
+    /// Every tensor that the operation reads or writes, in no particular order.
+    pub fn tensors(&self) -> Vec<TensorId> {
+        let mut ids = Vec::with_capacity(12);
+        let mut add = |list: &[TensorId]| ids.extend_from_slice(list);
+        match self {
+            Op::LoadBatch(o) => {
+                add(&[o.tokens, o.positions, o.cu_seqlens]);
+                add(o.labels.as_slice());
+            }
+            Op::Embedding(o) => add(&[o.table, o.tokens, o.out]),
+            Op::EmbeddingBackward(o) => add(&[o.tokens, o.dout, o.grad]),
+            Op::AddRmsnorm(o) => {
+                add(&[o.residual, o.weight, o.out, o.rstd]);
+                add(o.delta.as_slice());
+                add(o.sum.as_slice());
+            }
+            Op::Rescale(o) => add(&[o.x, o.rstd, o.weight, o.out]),
+            Op::RmsnormBackward(o) => {
+                add(&[o.dout, o.x, o.rstd, o.weight, o.dx]);
+                add(o.grad.as_slice());
+            }
+            Op::Linear(o) => {
+                add(&[o.x]);
+                add(o.y.as_slice());
+                add(o.xa.as_slice());
+                if o.y.is_some() {
+                    add(&weight_tensors(&o.linear));
+                }
+                if let Some(lora) = &o.linear.lora {
+                    add(&[lora.a, lora.b]);
+                }
+            }
+            Op::LinearBackward(o) => {
+                add(&[o.dy]);
+                for id in [o.x, o.xa, o.dx] {
+                    add(id.as_slice());
+                }
+                if o.dx.is_some() {
+                    add(&weight_tensors(&o.linear));
+                }
+                add(o.linear.grad.as_slice());
+                if let Some(lora) = &o.linear.lora {
+                    add(&[lora.a, lora.b]);
+                    if let Some((grad_a, grad_b)) = lora.grads {
+                        add(&[grad_a, grad_b]);
+                    }
+                }
+            }
+            Op::Rotary(o) => add(&[o.q, o.k, o.positions, o.inv_freq]),
+            Op::Attention(o) => add(&[o.q, o.k, o.v, o.out, o.lse, o.cu_seqlens]),
+            Op::AttentionBackward(o) => {
+                add(&[o.q, o.k, o.v, o.out, o.lse, o.cu_seqlens, o.dout, o.dq, o.dk, o.dv]);
+            }
+            Op::CachedAttention(o) => add(&[o.q, o.k, o.v, o.out, o.k_cache, o.v_cache, o.positions]),
+            Op::Swiglu(o) => add(&[o.gate, o.up, o.out]),
+            Op::SwigluBackward(o) => add(&[o.gate, o.up, o.dout]),
+            Op::LmHeadCe(o) => {
+                add(&[o.x, o.weight, o.labels, o.loss]);
+                add(o.dx.as_slice());
+                add(o.grad.as_slice());
+            }
+            Op::LmHeadLogits(o) => add(&[o.x, o.weight, o.logits]),
+            Op::GradNorm(o) => {
+                add(&o.grads);
+                add(&[o.norm]);
+            }
+            Op::AdamW(o) => {
+                add(&[o.param, o.grad, o.norm]);
+                add(o.copy.as_slice());
+                match o.moments {
+                    Moments::F32 { exp_avg, exp_avg_sq, .. } => add(&[exp_avg, exp_avg_sq]),
+                    Moments::Blockwise8bit { state1, absmax1, state2, absmax2 } => {
+                        add(&[state1, absmax1, state2, absmax2]);
+                    }
+                }
+            }
+            Op::PageIn(o) => add(&[o.host, o.window]),
+            Op::PageOut(o) => add(&[o.host, o.window]),
+            Op::Zero(o) => add(&o.tensors),
+        }
+        ids
+    }
+}
+
+/// The tensors that hold a linear module's base weight.
+pub fn weight_tensors(linear: &LinearIds) -> Vec<TensorId> {
+    match linear.weight {
+        Weight::Dense { w } => vec![w],
+        Weight::Nf4 { packed, absmax, nested, .. } => {
+            let mut ids = vec![packed, absmax];
+            ids.extend(nested.iter().flat_map(|n| [n.absmax, n.offset]));
+            ids
+        }
+    }
+}

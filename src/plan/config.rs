@@ -1,0 +1,158 @@
+//! What is asked of a plan: method, sizes, optimizer, recomputation.
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use crate::lora::LoraConfig;
+use crate::model::ModelSpec;
+use crate::nf4::Nf4Config;
+use crate::train::Optim;
+use crate::{Error, Result};
+
+/// What is trained, and in which form the base weights are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Every weight is trained. With 16-bit compute: f32 master weights beside a bf16 copy, f32 gradients and moments.
+    Full,
+    /// Every weight is trained with weights, gradients and moments all in bf16: the 8 bytes per parameter that are often
+    /// quoted. Rounding loses small updates; planned so that it can be compared.
+    FullPureBf16,
+    /// LoRA on a dense base.
+    Lora,
+    /// LoRA on a 4-bit base (QLoRA, arXiv 2305.14314).
+    Qlora,
+    /// Nothing is trained.
+    Inference,
+}
+
+impl Method {
+    /// The name shown in tables.
+    pub fn label(self) -> &'static str {
+        match self {
+            Method::Full => "full fine-tuning",
+            Method::FullPureBf16 => "full fine-tuning, pure bf16",
+            Method::Lora => "LoRA",
+            Method::Qlora => "QLoRA",
+            Method::Inference => "inference",
+        }
+    }
+
+    /// Whether every weight is trained.
+    pub fn is_full(self) -> bool {
+        matches!(self, Method::Full | Method::FullPureBf16)
+    }
+}
+
+/// Which layers keep only their input and are computed again in the backward pass (gradient checkpointing).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Checkpointing {
+    /// Every layer: least memory, about a third more work.
+    All,
+    /// No layer.
+    None,
+    /// The first n layers: theirs are the activations that would be held longest.
+    Layers(usize),
+}
+
+impl Checkpointing {
+    /// Number of recomputed layers out of `layers`.
+    pub fn recomputed(self, layers: usize) -> usize {
+        match self {
+            Checkpointing::All => layers,
+            Checkpointing::None => 0,
+            Checkpointing::Layers(n) => n.min(layers),
+        }
+    }
+}
+
+impl fmt::Display for Checkpointing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Checkpointing::All => f.write_str("all layers"),
+            Checkpointing::None => f.write_str("no layer"),
+            Checkpointing::Layers(n) => write!(f, "the first {n} layers"),
+        }
+    }
+}
+
+/// Everything that a plan depends on beside the model. Saved with a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanConfig {
+    /// What is trained.
+    pub method: Method,
+    /// How the linear weights are quantized; `None`: dense.
+    pub quantization: Option<Nf4Config>,
+    /// The adapter; `None`: none.
+    pub lora: Option<LoraConfig>,
+    /// The optimizer.
+    pub optim: Optim,
+    /// Sequences per micro-batch.
+    pub micro_batch_size: usize,
+    /// Tokens per sequence; the capacity is `micro_batch_size * max_seq_length` tokens in any lengths.
+    pub max_seq_length: usize,
+    /// Recomputed layers.
+    pub checkpointing: Checkpointing,
+    /// dtype of activations and matrix products: F32 (the CPU) or BF16 (a GPU).
+    #[serde(with = "crate::model::dtype_name")]
+    pub compute_dtype: DType,
+    /// Rows of logits that the loss holds at a time.
+    pub ce_chunk: usize,
+    /// Positions of the KV cache; `None`: what fits into the space that training needs anyway, at least 256.
+    pub max_context: Option<usize>,
+}
+
+impl PlanConfig {
+    /// Tokens of a micro-batch.
+    pub fn capacity(&self) -> usize {
+        self.micro_batch_size * self.max_seq_length
+    }
+
+    /// Checks the values against each other and against the model.
+    ///
+    /// # Errors
+    /// Names the field, what was expected and what was found.
+    pub fn validate(&self, spec: &ModelSpec) -> Result<()> {
+        let bad = |field: &str, expected: &str, found: String| {
+            Err(Error::new("the plan's configuration cannot be used").at(field).expected(expected).found(found))
+        };
+        if self.micro_batch_size == 0 || self.max_seq_length == 0 {
+            return bad("batch, seq", "at least 1", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
+        }
+        if self.max_seq_length > spec.max_position_embeddings {
+            let expected = format!("at most max_position_embeddings = {}", spec.max_position_embeddings);
+            return bad("seq", &expected, self.max_seq_length.to_string());
+        }
+        if self.micro_batch_size.checked_mul(self.max_seq_length).is_none_or(|t| t > 1 << 28) {
+            return bad("batch, seq", "at most 2^28 tokens", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
+        }
+        if self.ce_chunk == 0 {
+            return bad("ce_chunk", "at least 1 row", "0".into());
+        }
+        if !matches!(self.compute_dtype, DType::F32 | DType::BF16) {
+            return bad("compute_dtype", "f32 or bf16", format!("{:?}", self.compute_dtype));
+        }
+        if self.method == Method::FullPureBf16 && self.compute_dtype != DType::BF16 {
+            return bad("compute_dtype", "bf16 for pure bf16 training", format!("{:?}", self.compute_dtype));
+        }
+        if let Some(lora) = &self.lora {
+            lora.validate()?;
+        }
+        if let Some(q) = &self.quantization {
+            q.validate()?;
+        }
+        let lora = self.lora.is_some();
+        match self.method {
+            Method::Full | Method::FullPureBf16 if lora => bad("lora", "no adapter in full fine-tuning", "one".into()),
+            Method::Full | Method::FullPureBf16 if self.quantization.is_some() => {
+                bad("quantization", "a dense base in full fine-tuning", "4-bit".into())
+            }
+            Method::Lora | Method::Qlora if !lora => bad("lora", "an adapter", "none".into()),
+            Method::Qlora if self.quantization.is_none() => bad("quantization", "a 4-bit base", "none".into()),
+            Method::Lora if self.quantization.is_some() => bad("quantization", "a dense base", "4-bit".into()),
+            _ => Ok(()),
+        }
+    }
+}
