@@ -5,6 +5,8 @@ mod support;
 
 #[path = "suite/chat.rs"]
 mod chat;
+#[path = "suite/optimizer.rs"]
+mod optimizer;
 #[path = "suite/nf4.rs"]
 mod nf4;
 

@@ -1,7 +1,8 @@
 //! 8-bit block quantization with bitsandbytes' dynamic map: for nested absmax values and for optimizer state.
 //!
-//! The map is a small float with a movable point: 255 values and zero between -1 and 1 (signed) or 0 and 1 (unsigned),
-//! spaced finely near zero, seven decades deep. From [8-bit Optimizers](https://arxiv.org/abs/2110.02861), section 2.1.
+//! The map is a small float with a movable point: 254 values, zero and one, between -1 and 1 (signed) or 0 and 1
+//! (unsigned), spaced finely near zero, seven decades deep. From [8-bit Optimizers](https://arxiv.org/abs/2110.02861),
+//! section 2.1.
 
 use std::sync::OnceLock;
 
@@ -10,16 +11,50 @@ use rayon::prelude::*;
 use super::codebook::linspace;
 use super::element::flush;
 
-/// The signed map, in rising order: `[0]` is -0.99296874, `[127]` is 0, `[255]` is 1. In files: `nested_quant_map`.
-pub fn signed_map() -> &'static [f32; 256] {
-    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
-    MAP.get_or_init(|| dynamic_map(true))
+/// Which 256 values an 8-bit code stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// From -0.99296874 (code 0) over 0 (code 127) to 1 (code 255). In files: `nested_quant_map`, `qmap1`.
+    Signed,
+    /// From 0 (code 0) to 1 (code 255), twice as fine: for values that are never negative. In files: `qmap2`.
+    Unsigned,
 }
 
-/// The unsigned map, in rising order: `[0]` is 0, `[255]` is 1.
+/// The values of [`Map::Signed`], in rising order.
+pub fn signed_map() -> &'static [f32; 256] {
+    Map::Signed.values()
+}
+
+/// The values of [`Map::Unsigned`], in rising order.
 pub fn unsigned_map() -> &'static [f32; 256] {
-    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
-    MAP.get_or_init(|| dynamic_map(false))
+    Map::Unsigned.values()
+}
+
+impl Map {
+    /// The 256 values, in rising order.
+    pub fn values(self) -> &'static [f32; 256] {
+        &self.tables().values
+    }
+
+    /// The value of a code.
+    pub fn decode(self, code: u8) -> f32 {
+        self.values()[usize::from(code)]
+    }
+
+    /// The code of `x`, a value divided by its block's absmax: the nearest value, with the ties of the CUDA kernel's
+    /// binary search (to the even code). NaN, which is what an all-zero block gives, has code 0.
+    pub fn encode(self, x: f32) -> u8 {
+        self.tables().encode(x)
+    }
+
+    pub(crate) fn tables(self) -> &'static Tables {
+        static SIGNED: OnceLock<Tables> = OnceLock::new();
+        static UNSIGNED: OnceLock<Tables> = OnceLock::new();
+        match self {
+            Map::Signed => SIGNED.get_or_init(|| Tables::new(dynamic_map(true))),
+            Map::Unsigned => UNSIGNED.get_or_init(|| Tables::new(dynamic_map(false))),
+        }
+    }
 }
 
 /// Seven decades; in decade i, from 10^(i-6), as many linear steps as the bits that are left can count.
@@ -42,40 +77,49 @@ fn dynamic_map(signed: bool) -> [f32; 256] {
     map
 }
 
-/// The code of `x` (a value divided by its block's absmax) in a rising map of 256 values.
-///
-/// The binary search of the CUDA kernel, step by step, because on ties its answer depends on the path: from number
-/// 127 in steps of 64 to 1, then a comparison with the midpoint to the neighbour on that side. NaN, which is what an
-/// all-zero block gives, has code 0.
-pub fn encode(map: &[f32; 256], x: f32) -> u8 {
-    search(map, x, map[0])
+/// Cells of [`Tables`]: the upper 16 bits of a magnitude from 2^-24 (below it every magnitude is like zero) to 1.
+const FIRST_CELL: u32 = (127 - 24) << 7;
+const CELLS: usize = 24 * 128 + 1;
+
+/// A map with what makes encoding quick: the code at the start of each cell, a narrow range of magnitudes that holds one
+/// threshold at most.
+pub(crate) struct Tables {
+    pub(crate) values: [f32; 256],
+    /// A number above `thresholds[c]` has a code above `c`.
+    thresholds: [f32; 256],
+    /// By sign, then cell: the code of the cell's lowest number.
+    start: [[u8; CELLS]; 2],
 }
 
-/// [`encode`] with the value that stands for the lower neighbour of the lowest code.
-fn search(map: &[f32; 256], x: f32, lowest: f32) -> u8 {
-    let (mut pivot, mut low, mut high) = (127usize, 0usize, 255usize);
-    let (mut below, mut above) = (lowest, map[255]);
-    let mut value = map[127];
-    for step in [64, 32, 16, 8, 4, 2, 1] {
-        if x > value {
-            (low, below) = (pivot, value);
-            pivot += step;
-        } else {
-            (high, above) = (pivot, value);
-            pivot -= step;
+impl Tables {
+    fn new(values: [f32; 256]) -> Self {
+        let mut thresholds = [f32::INFINITY; 256];
+        for (c, t) in thresholds.iter_mut().take(255).enumerate() {
+            // The search ends at an even code; from there a neighbour is taken only beyond the midpoint.
+            let middle = (values[c + 1] + values[c]) * 0.5;
+            *t = if c % 2 == 0 { middle } else { middle.next_down() };
         }
-        // The steps add up to 127: the mask changes nothing and spares a check.
-        pivot &= 255;
-        value = map[pivot];
+        let code = |x: f32| thresholds.iter().take_while(|t| x > **t).count() as u8;
+        let mut start = [[0; CELLS]; 2];
+        for cell in 0..CELLS {
+            let lower = f32::from_bits((FIRST_CELL + cell as u32) << 16);
+            // Negative numbers fall with their bits: the lowest is at the end.
+            let upper = f32::from_bits(((FIRST_CELL + cell as u32) << 16) | 0xffff);
+            (start[0][cell], start[1][cell]) = (code(if cell == 0 { 0.0 } else { lower }), code(-upper));
+        }
+        Tables { values, thresholds, start }
     }
-    let code = if x > value {
-        if x > (above + value) * 0.5 { high } else { pivot }
-    } else if x < (below + value) * 0.5 {
-        low
-    } else {
-        pivot
-    };
-    code as u8
+
+    #[inline(always)]
+    pub(crate) fn encode(&self, x: f32) -> u8 {
+        if x.is_nan() {
+            return 0;
+        }
+        let bits = x.to_bits();
+        let cell = ((bits & 0x7fff_ffff) >> 16).saturating_sub(FIRST_CELL).min(CELLS as u32 - 1);
+        let start = self.start[(bits >> 31) as usize][cell as usize];
+        start + u8::from(x > self.thresholds[usize::from(start)])
+    }
 }
 
 /// Quantizes to 8 bits in blocks of `blocksize`: the codes, and one absmax per block.
@@ -83,42 +127,60 @@ fn search(map: &[f32; 256], x: f32, lowest: f32) -> u8 {
 /// Denormals count as zero. A block of zeros has absmax 0 and codes 0. Multi-threaded.
 ///
 /// ```
-/// use tunebook::nf4::dynamic8;
-/// let (codes, absmax) = dynamic8::quantize_blocks(&[0.5, -2.0, 0.0], dynamic8::signed_map(), 256);
+/// use tunebook::nf4::dynamic8::{self, Map};
+/// let (codes, absmax) = dynamic8::quantize_blocks(&[0.5, -2.0, 0.0], Map::Signed, 256);
 /// assert_eq!(absmax, [2.0]);
-/// let back = dynamic8::dequantize_blocks(&codes, &absmax, dynamic8::signed_map(), 256);
+/// let back = dynamic8::dequantize_blocks(&codes, &absmax, Map::Signed, 256);
 /// assert!((back[0] - 0.5).abs() < 0.01 && back[2] == 0.0);
 /// ```
-///
-/// # Panics
-/// If `blocksize` is 0.
-pub fn quantize_blocks(data: &[f32], map: &[f32; 256], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+pub fn quantize_blocks(data: &[f32], map: Map, blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+    let blocksize = blocksize.max(1);
+    let tables = map.tables();
     let mut codes = vec![0u8; data.len()];
     let mut absmax = vec![0f32; data.len().div_ceil(blocksize)];
-    codes.par_chunks_mut(blocksize).zip(data.par_chunks(blocksize)).zip(absmax.par_iter_mut()).for_each(
-        |((codes, x), absmax)| {
-            *absmax = x.iter().fold(0f32, |m, v| m.max(flush(*v).abs()));
-            let reciprocal = 1.0 / *absmax;
-            for (code, v) in codes.iter_mut().zip(x) {
-                *code = encode(map, flush(*v) * reciprocal);
-            }
-        },
-    );
+    let blocks = codes.par_chunks_mut(blocksize).zip(data.par_chunks(blocksize)).zip(absmax.par_iter_mut());
+    blocks.with_min_len(64).for_each(|((codes, x), absmax)| {
+        *absmax = x.iter().fold(0f32, |m, v| m.max(flush(*v).abs()));
+        let reciprocal = 1.0 / *absmax;
+        for (code, v) in codes.iter_mut().zip(x) {
+            *code = tables.encode(flush(*v) * reciprocal);
+        }
+    });
     (codes, absmax)
 }
 
 /// The values back: `map[code] * absmax[i / blocksize]`. Elements past the last absmax are left out.
-///
-/// # Panics
-/// If `blocksize` is 0.
-pub fn dequantize_blocks(codes: &[u8], absmax: &[f32], map: &[f32; 256], blocksize: usize) -> Vec<f32> {
-    let blocks = codes.chunks(blocksize).zip(absmax);
-    blocks.flat_map(|(codes, a)| codes.iter().map(move |c| flush(map[usize::from(*c)] * a))).collect()
+pub fn dequantize_blocks(codes: &[u8], absmax: &[f32], map: Map, blocksize: usize) -> Vec<f32> {
+    let blocks = codes.chunks(blocksize.max(1)).zip(absmax);
+    blocks.flat_map(|(codes, a)| codes.iter().map(move |c| flush(map.decode(*c) * a))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The binary search of the CUDA kernel, step by step: the definition that [`Tables`] is tested against.
+    fn search(map: &[f32; 256], x: f32) -> u8 {
+        let (mut pivot, mut low, mut high) = (127usize, 0usize, 255usize);
+        let (mut below, mut above) = (map[0], map[255]);
+        for step in [64, 32, 16, 8, 4, 2, 1] {
+            if x > map[pivot] {
+                (low, below) = (pivot, map[pivot]);
+                pivot += step;
+            } else {
+                (high, above) = (pivot, map[pivot]);
+                pivot -= step;
+            }
+        }
+        let code = if x > map[pivot] {
+            if x > (above + map[pivot]) * 0.5 { high } else { pivot }
+        } else if x < (below + map[pivot]) * 0.5 {
+            low
+        } else {
+            pivot
+        };
+        code as u8
+    }
 
     #[test]
     fn maps_have_their_landmarks() {
@@ -129,24 +191,19 @@ mod tests {
     }
 
     #[test]
-    fn every_value_encodes_to_itself() {
-        for map in [signed_map(), unsigned_map()] {
-            for (i, v) in map.iter().enumerate() {
-                assert_eq!(usize::from(encode(map, *v)), i, "{v}");
+    fn the_quick_encoding_equals_the_binary_search() {
+        for map in [Map::Signed, Map::Unsigned] {
+            let values = map.values();
+            let check = |x: f32| assert_eq!(map.encode(x), search(values, x), "{map:?} {x:e} {:x}", x.to_bits());
+            for w in values.windows(2) {
+                for x in [w[0], w[1], (w[0] + w[1]) * 0.5] {
+                    [x, x.next_up(), x.next_down(), -x, -x.next_up(), -x.next_down()].map(check);
+                }
             }
-        }
-        assert_eq!(encode(signed_map(), f32::NAN), 0);
-    }
-
-    #[test]
-    fn search_is_within_one_code_of_the_nearest() {
-        for i in -2000..=2000 {
-            let x = i as f32 / 2000.0;
-            let code = usize::from(encode(signed_map(), x));
-            let nearest = (0..256).min_by(|a, b| {
-                (signed_map()[*a] - x).abs().total_cmp(&(signed_map()[*b] - x).abs())
-            });
-            assert!(nearest.is_some_and(|n| n.abs_diff(code) <= 1), "{x}: {code} {nearest:?}");
+            // Both ends of every range of numbers with equal upper bits, NaN, infinities and denormals included.
+            for upper in 0..=0xffff_u32 {
+                [0, 1, 0x7fff, 0x8000, 0xffff].map(|lower| check(f32::from_bits(upper << 16 | lower)));
+            }
         }
     }
 }

@@ -167,7 +167,7 @@ fn larger(a: f32, b: f32) -> f32 {
 fn nest(absmax: Vec<f32>, blocksize: usize) -> Absmax {
     let offset = mean(&absmax);
     let centred: Vec<f32> = absmax.iter().map(|a| a - offset).collect();
-    let (codes, absmax) = dynamic8::quantize_blocks(&centred, dynamic8::signed_map(), blocksize);
+    let (codes, absmax) = dynamic8::quantize_blocks(&centred, dynamic8::Map::Signed, blocksize);
     Absmax::Nested { codes, absmax, offset, blocksize }
 }
 

@@ -155,7 +155,7 @@ fn eight_bit_cases_equal_bitsandbytes() {
     let (mut total, mut off_by_one) = (0, 0);
     for c in g.cases.iter().filter(|c| c.kind == "8bit") {
         let get = |part: &str| out.tensor(&format!("{}.{part}", c.name)).unwrap();
-        let map = if c.code == "unsigned" { dynamic8::unsigned_map() } else { dynamic8::signed_map() };
+        let map = if c.code == "unsigned" { dynamic8::Map::Unsigned } else { dynamic8::Map::Signed };
         let x = floats(&inputs.tensor(&c.input).unwrap());
         let (codes, absmax) = dynamic8::quantize_blocks(&x, map, c.blocksize);
         assert_eq!(absmax, floats(&get("absmax")), "{}", c.name);

@@ -1,0 +1,93 @@
+//! AdamW on flat slices: PyTorch's, and bitsandbytes' with 32-bit or 8-bit state.
+//!
+//! All have the same parts: `p` the parameters, `g` the gradient, and two moments, the running means of the gradient
+//! (`exp_avg`) and of its square (`exp_avg_sq`). They differ in the order of operations, so in the last digits, and in
+//! when the weight decays: PyTorch before the update, bitsandbytes' CUDA kernels after it.
+//!
+//! A slice is cut into fixed pieces and each element is computed by itself, so the bits do not depend on the number of
+//! threads. Nothing allocates. Slices of unequal length are a mistake of the caller: a panic.
+
+mod adamw;
+mod adamw_8bit;
+mod norm;
+
+pub use adamw::{adamw, adamw_32bit_bnb};
+pub use adamw_8bit::{STATE_BLOCKSIZE, adamw_8bit};
+pub use norm::sum_of_squares;
+
+/// Tensors with fewer elements keep 32-bit state under the 8-bit optimizers, as in bitsandbytes.
+pub const MIN_8BIT_SIZE: usize = 4096;
+
+/// What one AdamW step needs to know beside the slices.
+///
+/// ```
+/// use tunebook::engine::optimizer::{AdamWHyper, adamw};
+/// let (mut p, mut m, mut v) = ([1.0f32], [0.0], [0.0]);
+/// let h = AdamWHyper { lr: 0.1, weight_decay: 0.0, ..AdamWHyper::default() };
+/// adamw(&mut p, &[-3.0], &mut m, &mut v, &h);
+/// // The first step has the size of the learning rate, whatever the gradient's.
+/// assert!((p[0] - 1.1).abs() < 1e-6);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWHyper {
+    /// The learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled: the parameters are multiplied by `1 - lr * weight_decay`.
+    pub weight_decay: f32,
+    /// The number of this step, from 1.
+    pub step: u32,
+    /// Multiplies the gradient: the clipping factor, or 1.
+    pub grad_scale: f32,
+}
+
+impl Default for AdamWHyper {
+    /// Learning rate 1e-3, betas 0.9 and 0.999, eps 1e-8, weight decay 0.01, step 1, no clipping.
+    fn default() -> Self {
+        AdamWHyper { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: 1, grad_scale: 1.0 }
+    }
+}
+
+impl AdamWHyper {
+    /// The corrections of bitsandbytes for moments that started at zero: `1 - beta1^t` and `sqrt(1 - beta2^t)`.
+    fn bias_corrections(&self) -> (f32, f32) {
+        let power = |beta: f32| f64::from(beta).powi(self.step.min(i32::MAX as u32) as i32) as f32;
+        (1.0 - power(self.beta1), (1.0 - power(self.beta2)).sqrt())
+    }
+}
+
+/// Elements per unit of parallel work.
+const CHUNK: usize = 1 << 14;
+
+/// The body of `$name` compiled for AVX-512, for AVX2 and for any CPU; the widest that this one has is called. The
+/// compiler does not contract or reorder float operations, so all three give the same bits.
+macro_rules! widest {
+    (fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+        fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
+                let has512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl");
+                if has512 {
+                    // SAFETY: the CPU has these features.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the CPU has this feature.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    };
+}
+use widest;
