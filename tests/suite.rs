@@ -22,3 +22,9 @@ mod lora;
 mod model;
 #[path = "suite/engine.rs"]
 mod engine;
+#[path = "suite/checkpoint.rs"]
+mod checkpoint;
+#[path = "suite/kill_resume.rs"]
+mod kill_resume;
+#[path = "suite/train_config.rs"]
+mod train_config;
