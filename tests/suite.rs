@@ -12,6 +12,8 @@ mod nf4;
 
 #[path = "suite/data.rs"]
 mod data;
+#[path = "suite/generate.rs"]
+mod generate;
 #[path = "suite/rows.rs"]
 mod rows;
 #[path = "suite/tiny_tokenizer.rs"]
