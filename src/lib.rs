@@ -20,6 +20,8 @@ pub use error::{Error, Result};
 
 /// What a notebook's first cell imports.
 pub mod prelude {
+    pub use crate::data::{self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, Rows, Tokenizer};
+    pub use crate::generate::{Sampling, generate};
     pub use crate::lora::{self, Adapter, LoraConfig, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
     pub use crate::{Error, Result};
