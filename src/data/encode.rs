@@ -166,14 +166,14 @@ fn encode_row(rows: &Rows, i: usize, tokenizer: &Tokenizer, config: &DataConfig)
                 return Ok(Outcome::Dropped("the completion is empty"));
             }
             let text = format!("{prompt}{completion}");
-            (tokenizer.encode_with_offsets(&text)?, vec![prompt.len()..text.len()])
+            (tokenizer.encode_with_offsets(&text)?, one(prompt.len()..text.len()))
         }
         Format::Text { column } => {
             let text = rows.text(i, column)?;
             if text.trim().is_empty() {
                 return Ok(Outcome::Dropped("the text is empty"));
             }
-            (tokenizer.encode_with_offsets(&text)?, vec![0..text.len()])
+            (tokenizer.encode_with_offsets(&text)?, one(0..text.len()))
         }
         Format::Messages { column, template } => {
             let messages = messages(rows, i, column)?;
@@ -183,8 +183,8 @@ fn encode_row(rows: &Rows, i: usize, tokenizer: &Tokenizer, config: &DataConfig)
             let chat = match config.train_on {
                 TrainOn::Completion => template.render_with_assistant(messages),
                 TrainOn::All => template.render(messages, &Default::default()).map(|text| {
-                    let all = 0..text.len();
-                    crate::data::RenderedChat { text, assistant: vec![all] }
+                    let assistant = one(0..text.len());
+                    crate::data::RenderedChat { text, assistant }
                 }),
             }
             .map_err(|e| e.at(rows.place(i)))?;
@@ -192,6 +192,10 @@ fn encode_row(rows: &Rows, i: usize, tokenizer: &Tokenizer, config: &DataConfig)
         }
     };
     label(encoding, &spans, tokenizer, config)
+}
+
+fn one(span: Range<usize>) -> Vec<Range<usize>> {
+    vec![span]
 }
 
 fn messages<'a>(rows: &'a Rows, i: usize, column: &str) -> Result<&'a [Value]> {

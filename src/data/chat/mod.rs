@@ -206,11 +206,9 @@ impl ChatTemplate {
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ChatTemplate: {} characters", self.parts.source.chars().count())?;
-        match message("user", "…") {
-            m => match self.render(&[m], &ChatOptions::prompt()) {
-                Ok(text) => write!(f, ", e.g. {text:?}"),
-                Err(_) => Ok(()),
-            },
+        match self.render(&[message("user", "…")], &ChatOptions::prompt()) {
+            Ok(text) => write!(f, ", e.g. {text:?}"),
+            Err(_) => Ok(()),
         }
     }
 }
