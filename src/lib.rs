@@ -24,5 +24,6 @@ pub mod prelude {
     pub use crate::generate::{Sampling, generate};
     pub use crate::lora::{self, Adapter, LoraConfig, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
+    pub use crate::train::{LrScheduler, Metrics, Optim, StepReport, TrainConfig};
     pub use crate::{Error, Result};
 }

@@ -35,6 +35,9 @@ impl Problem {
     }
 }
 
+/// 2^53.
+const MAX_COUNT: u64 = 9_007_199_254_740_992;
+
 /// Keys of `TrainingArguments` (and everyday names) that are not fields here, with where that choice is made.
 const ELSEWHERE: [(&str, &str); 18] = [
     ("lr", "did you mean `learning_rate`?"),
@@ -89,14 +92,10 @@ impl TrainConfig {
     /// The whole configuration as TOML.
     ///
     /// # Errors
-    /// A `seed` or step count above 2^63 - 1, which TOML cannot hold.
+    /// What [`validate`](Self::validate) refuses: [`from_toml_str`](Self::from_toml_str) would not read it back.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| {
-            Error::new("this configuration cannot be written as TOML")
-                .expected("numbers up to 2^63 - 1")
-                .caused_by(e)
-                .next("choose a smaller seed")
-        })
+        self.validate()?;
+        toml::to_string(self).map_err(|e| Error::new("this configuration cannot be written as TOML").caused_by(e))
     }
 
     /// Checks all fields and how they go together; the error lists every problem found.
@@ -132,6 +131,19 @@ impl TrainConfig {
         ] {
             if !(1..=limit).contains(&value) {
                 out.push(Problem::new(field, format!("a whole number from 1 to {limit}"), value, "1 is the smallest"));
+            }
+        }
+        for (field, value) in [
+            ("seed", Some(self.seed)),
+            ("max_steps", self.max_steps),
+            ("warmup_steps", Some(self.warmup_steps)),
+            ("save_steps", Some(self.save_steps)),
+            ("logging_steps", Some(self.logging_steps)),
+            ("eval_steps", self.eval_steps),
+        ] {
+            // What every reader of TOML and JSON holds exactly.
+            if let Some(value) = value.filter(|&v| v > MAX_COUNT) {
+                out.push(Problem::new(field, format!("a whole number up to 2^53 = {MAX_COUNT}"), value, "choose a smaller one"));
             }
         }
         if self.logging_steps == 0 {

@@ -51,8 +51,3 @@ pub fn kill_child_after(mut child: Child, ready: &Path, life: Duration) -> bool 
 pub fn child_dir() -> std::path::PathBuf {
     std::env::var_os("TUNEBOOK_CHILD").expect("started by another test").into()
 }
-
-/// Lines of a file, 0 when there is none.
-pub fn count_lines(path: &Path) -> usize {
-    std::fs::read(path).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count())
-}
