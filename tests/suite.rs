@@ -30,3 +30,5 @@ mod checkpoint;
 mod kill_resume;
 #[path = "suite/train_config.rs"]
 mod train_config;
+#[path = "suite/stories.rs"]
+mod stories;
