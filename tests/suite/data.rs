@@ -190,3 +190,44 @@ pub fn real_tokenizer(name: &str) -> Option<Tokenizer> {
     let config = std::fs::read_to_string(dir.join("tokenizer_config.json")).unwrap();
     Some(Tokenizer::from_json(&String::from_utf8(gz.stdout).unwrap(), Some(&config)).unwrap())
 }
+
+#[test]
+fn a_tokenizer_that_does_not_fit_is_refused() {
+    let t = tiny_tokenizer();
+    let mut spec = tunebook::model::ModelSpec::preset("mistral-7b-v0.1").unwrap();
+    t.check(&spec).unwrap();
+    spec.vocab_size = t.vocab_size();
+    t.check(&spec).unwrap();
+    spec.vocab_size -= 1;
+    let e = t.check(&spec).unwrap_err().to_string();
+    assert!(e.contains("another vocabulary") && e.contains(&spec.name), "{e}");
+
+    let json = crate::tiny_tokenizer::tokenizer_json();
+    let from = |config: &str| Tokenizer::from_json(&json, Some(config));
+    let e = from(r#"{"eos_token": "<|endoftext|>"}"#).unwrap_err().to_string();
+    assert!(e.contains("`<|endoftext|>`") && e.contains("eos_token"), "{e}");
+    assert!(from("[]").is_err() && from(r#"{"chat_template": 3}"#).is_err());
+    for bad in ["", "{}", "[1]", &json[..json.len() / 2], r#"{"model": {"type": "BPE", "vocab": {}, "merges": []}}"#] {
+        assert!(Tokenizer::from_json(bad, None).is_err(), "{bad}");
+    }
+    // add_bos_token of the config decides against tokenizer.json, both ways.
+    let with = |add: &str| from(&format!(r#"{{"bos_token": "<s>", "add_bos_token": {add}}}"#)).unwrap().encode("the cat").unwrap();
+    assert_eq!((with("true")[0], with("true").len(), with("false").len(), with("null").len()), (1, 3, 2, 3));
+}
+
+#[test]
+fn a_tokenizer_directory_may_have_its_parts_in_several_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
+    put("tokenizer.json", &crate::tiny_tokenizer::tokenizer_json());
+    assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().eos_id(), None);
+    put("special_tokens_map.json", r#"{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}"#);
+    put("tokenizer_config.json", r#"{"eos_token": "<|end|>", "chat_template": [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]}"#);
+    let t = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!((t.eos_token(), t.bos_token(), t.chat_template_source()), (Some("<|end|>"), Some("<s>"), Some("b")));
+    put("chat_template.jinja", "c");
+    assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().chat_template_source(), Some("c"));
+    put("tokenizer_config.json", "{");
+    assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("tokenizer_config.json"));
+}
