@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::lock::Hold;
-use super::{TrainConfig, exact_json};
+use super::{TrainConfig, exact_json, fingerprint_dir};
+use crate::data::Dataset;
 use crate::model::ModelSpec;
 use crate::{Error, Result, files};
 
@@ -34,6 +35,33 @@ pub struct BaseRecord {
     pub fingerprint: String,
 }
 
+impl BaseRecord {
+    /// The record of a model directory, under its absolute path, so that a run resumes from any working directory.
+    ///
+    /// # Errors
+    /// As [`fingerprint_dir`](super::fingerprint_dir).
+    pub fn of(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref().canonicalize().map_err(|e| Error::io("open the base model", dir.as_ref(), e))?;
+        Ok(BaseRecord { fingerprint: fingerprint_dir(&dir)?, dir })
+    }
+
+    /// Checks that the directory still holds that model.
+    ///
+    /// # Errors
+    /// No directory there, or one with other files.
+    pub fn check(&self) -> Result<()> {
+        let found = fingerprint_dir(&self.dir)?;
+        if found == self.fingerprint {
+            return Ok(());
+        }
+        Err(Error::new("the base model is not the one that this run was created with")
+            .at_path(&self.dir)
+            .expected(format!("fingerprint {}", self.fingerprint))
+            .found(format!("fingerprint {found}"))
+            .next("put the original files back, or start a new run"))
+    }
+}
+
 /// The data set of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetRecord {
@@ -41,6 +69,28 @@ pub struct DatasetRecord {
     pub fingerprint: String,
     /// Number of examples.
     pub examples: usize,
+}
+
+impl DatasetRecord {
+    /// The record of a data set.
+    pub fn of(dataset: &Dataset) -> Self {
+        DatasetRecord { fingerprint: dataset.fingerprint(), examples: dataset.len() }
+    }
+
+    /// Checks that this is that data set.
+    ///
+    /// # Errors
+    /// Another fingerprint.
+    pub fn check(&self, dataset: &Dataset) -> Result<()> {
+        let found = Self::of(dataset);
+        if found == *self {
+            return Ok(());
+        }
+        Err(Error::new("the data set is not the one that this run was created with")
+            .expected(format!("{} examples, fingerprint {}", self.examples, self.fingerprint))
+            .found(format!("{} examples, fingerprint {}", found.examples, found.fingerprint))
+            .next("give the same rows, tokenizer and template, or start a new run"))
+    }
 }
 
 /// Everything that was asked when the run was created: the content of `run.json`.
@@ -179,6 +229,11 @@ impl RunDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// `dataset.safetensors` in it, for [`save_dataset`](super::save_dataset).
+    pub fn dataset(&self) -> PathBuf {
+        self.path.join("dataset.safetensors")
     }
 
     /// `checkpoints/` in it.

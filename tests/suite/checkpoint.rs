@@ -235,6 +235,49 @@ fn a_full_disk_leaves_the_older_checkpoints() {
     }
 }
 
+/// A disk of 150,000 bytes that really fills up, in a mount namespace of the child's own.
+#[test]
+#[ignore = "a child of a_small_disk_fills_up"]
+fn child_small_disk() {
+    let disk = std::ffi::CString::new(child_dir().into_os_string().into_encoded_bytes()).unwrap();
+    // SAFETY: NUL-terminated strings that live through the calls; the namespace ends with this process.
+    let mounted = unsafe {
+        libc::unshare(libc::CLONE_NEWNS) == 0
+            && libc::mount(c"none".as_ptr(), c"/".as_ptr(), c"none".as_ptr(), libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()) == 0
+            && libc::mount(c"none".as_ptr(), disk.as_ptr(), c"tmpfs".as_ptr(), 0, c"size=150000".as_ptr().cast()) == 0
+    };
+    if !mounted {
+        std::process::exit(9);
+    }
+    let run = new_run(&child_dir().join("run"));
+    let mut log = MetricsLog::create(&run).unwrap();
+    log.append(report(1)).unwrap();
+    let (full, e) = (1..).find_map(|step| save(&run, step, None).err().map(|e| (step, e))).unwrap();
+    assert!(full > 2, "{e}");
+    assert!(e.to_string().contains("free some space"), "{e}");
+    assert!(scan_checkpoints(run.path()).unwrap().damaged.is_empty());
+    assert_eq!(latest_checkpoint(run.path()).unwrap().as_ref().map(check), Some(full - 1));
+    // Metrics on the full disk: the line that does not fit is taken back whole.
+    let lines = 1 + (2..).take_while(|&step| log.append(report(step)).is_ok()).count();
+    assert_eq!(Metrics::read(run.path()).unwrap().steps.len(), lines);
+    assert!(fs::read(run.path().join("metrics.jsonl")).unwrap().ends_with(b"\n"));
+    fs::remove_dir_all(run.checkpoints().join("step-1")).unwrap();
+    assert_eq!(check(&save(&run, full, None).unwrap()), full);
+    log.append(report(lines as u64 + 1)).unwrap();
+    assert_eq!(Metrics::read(run.path()).unwrap().steps.len(), lines + 1);
+}
+
+#[test]
+fn a_small_disk_fills_up() {
+    let tmp = TempDir::new().unwrap();
+    let (status, text) = run_child("checkpoint::child_small_disk", tmp.path(), &[]);
+    if status.code() == Some(9) {
+        eprintln!("skipped: this process may not mount a disk (the limit on file size plays one elsewhere)");
+        return;
+    }
+    assert!(status.success(), "{text}");
+}
+
 /// Writes metrics and checkpoints as fast as it can, going on from the last whole one.
 #[test]
 #[ignore = "a child of killed_writers_leave_whole_checkpoints"]
@@ -458,6 +501,9 @@ fn the_data_set_stays_with_the_run() {
     assert_eq!(back.examples(), dataset.examples());
     assert_eq!(back.fingerprint(), dataset.fingerprint());
     assert_eq!(listing(tmp.path()), ["dataset.safetensors"]);
+    DatasetRecord::of(&dataset).check(&back).unwrap();
+    let (fewer, _) = dataset.split_at(8).unwrap();
+    assert!(DatasetRecord::of(&dataset).check(&fewer).unwrap_err().to_string().contains("8 examples"));
     let bytes = fs::read(&path).unwrap();
     for cut in [0, 7, 20, bytes.len() - 1] {
         fs::write(&path, &bytes[..cut]).unwrap();
@@ -482,6 +528,8 @@ fn a_base_is_known_by_its_fingerprint() {
     let file = fs::File::create(&big).unwrap();
     file.set_len(200 << 20).unwrap();
     let before = fingerprint_dir(tmp.path()).unwrap();
+    let record = BaseRecord::of(tmp.path()).unwrap();
+    record.check().unwrap();
     assert_eq!(before.len(), 64);
     fs::write(tmp.path().join("README.md"), "not part of the model").unwrap();
     assert_eq!(fingerprint_dir(tmp.path()).unwrap(), before);
@@ -491,4 +539,6 @@ fn a_base_is_known_by_its_fingerprint() {
     file.set_len((200 << 20) - 1).unwrap();
     let shorter = fingerprint_dir(tmp.path()).unwrap();
     assert!(before != changed && changed != shorter && before != shorter);
+    assert!(record.check().unwrap_err().to_string().contains(&shorter));
+    assert!(BaseRecord::of(tmp.path().join("nowhere")).is_err());
 }
