@@ -214,7 +214,7 @@ fn read_table(table: Table) -> (TrainConfig, Vec<Problem>) {
     let mut problems = Vec::new();
     let mut good = Table::new();
     for (key, value) in table {
-        if !known.iter().any(|k| *k == key) {
+        if !known.contains(&key) {
             problems.push(unknown_key(&key, &known));
             continue;
         }
