@@ -24,7 +24,7 @@ use crate::data::{Batch, IGNORE_INDEX};
 use crate::plan::{Lifetime, MemoryPlan, Phase};
 use crate::{Error, Result};
 use cpu::{CpuOps, StepState};
-use ops::{Ops, TensorId};
+use ops::{Op, Ops, TensorId};
 use optimizer::AdamWHyper;
 
 /// A model in its arena: takes steps, evaluates, gives logits, generates.
@@ -37,6 +37,8 @@ pub struct Engine {
     /// The phase that was being executed when something went wrong, or is being executed.
     interrupted: Option<Phase>,
     seconds: BTreeMap<&'static str, f64>,
+    /// Of the last micro-step: until the loss, and after it.
+    pass_seconds: (f64, f64),
     fill_dead: bool,
     /// Tokens in the KV cache; `None`: its space was used by another phase.
     cached: Option<usize>,
@@ -98,6 +100,7 @@ impl Engine {
             ops,
             interrupted: None,
             seconds: BTreeMap::new(),
+            pass_seconds: (0.0, 0.0),
             fill_dead: false,
             cached: Some(0),
         })
@@ -124,6 +127,16 @@ impl Engine {
         let out = self.seconds.iter().filter(|(_, s)| **s > 0.0).map(|(name, s)| (*name, *s)).collect();
         self.seconds.values_mut().for_each(|s| *s = 0.0);
         out
+    }
+
+    /// Seconds of the forward and of the backward pass since the last call.
+    pub fn take_pass_seconds(&mut self) -> (f64, f64) {
+        std::mem::take(&mut self.pass_seconds)
+    }
+
+    /// Whether an operation failed or panicked: the engine then refuses to go on.
+    pub fn has_failed(&self) -> bool {
+        self.interrupted.is_some()
     }
 
     /// Forward and backward pass of one micro-batch; gradients are added to what is there, each token's scaled by
@@ -241,10 +254,16 @@ impl Engine {
         self.interrupted = Some(phase);
         let plan = self.plan.clone();
         let scratch = plan.scratch(phase);
+        let mut backward = false;
         for (i, op) in plan.program(phase).iter().enumerate() {
             let start = Instant::now();
             self.ops.run(op, scratch[i])?;
-            *self.seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
+            let seconds = start.elapsed().as_secs_f64();
+            *self.seconds.entry(op.name()).or_default() += seconds;
+            if phase == Phase::MicroStep {
+                *(if backward { &mut self.pass_seconds.1 } else { &mut self.pass_seconds.0 }) += seconds;
+                backward |= matches!(op, Op::LmHeadCe(_));
+            }
             if self.fill_dead {
                 let dead = dead_after(&plan, phase, i as u32);
                 self.ops.poison(&dead, scratch[i]);

@@ -16,6 +16,8 @@ mod lock;
 mod metrics;
 #[cfg(feature = "polars")]
 mod metrics_frame;
+mod progress;
+mod run;
 mod schedule;
 mod state;
 mod steps;
@@ -33,6 +35,7 @@ pub use interrupt::{clear_interrupt, interrupt, interrupted, take_interrupt};
 pub use metrics::{EVALUATIONS_FILE, EvalReport, METRICS_FILE, Metrics, MetricsLog, StepReport};
 #[cfg(feature = "polars")]
 pub use metrics_frame::metrics_frame;
+pub use run::{MicroReport, Run, Steps};
 pub use schedule::{lr_at, lr_curve};
 pub use state::{BaseRecord, DatasetRecord, RUN_FORMAT_VERSION, RngState, RunDir, RunRecord, TrainState};
 pub use steps::StepBatches;

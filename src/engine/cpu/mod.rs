@@ -251,8 +251,7 @@ impl Ops for CpuOps {
         Ok(())
     }
     fn grad_norm(&mut self, op: &GradNorm) -> Result<()> {
-        self.global_norm(op);
-        Ok(())
+        self.global_norm(op)
     }
     fn adamw(&mut self, op: &AdamW) -> Result<()> {
         self.update(op);

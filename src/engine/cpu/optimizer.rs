@@ -2,18 +2,27 @@
 
 use super::CpuOps;
 use crate::engine::ops::{AdamW, GradNorm, Moments, TensorId};
+use crate::{Error, Result};
 use crate::engine::optimizer::{AdamWHyper, adamw, adamw_8bit, adamw_32bit_bnb, sum_of_squares};
 
 impl CpuOps {
-    pub(super) fn global_norm(&self, op: &GradNorm) {
+    pub(super) fn global_norm(&self, op: &GradNorm) -> Result<()> {
         // SAFETY: regions of one operation; gradients are only read.
         let total: f64 = op.grads.iter().map(|&g| sum_of_squares(unsafe { self.slice::<f32>(g) })).sum();
         let norm = total.sqrt();
+        if !norm.is_finite() {
+            // Before anything is updated: the parameters are whole.
+            return Err(Error::new("the gradient norm is not finite")
+                .expected("a finite number")
+                .found(norm.to_string())
+                .next("lower the learning rate, then Run::resume"));
+        }
         let limit = self.state.max_grad_norm;
         // torch.nn.utils.clip_grad_norm_
         let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
         // SAFETY: as above.
         unsafe { self.slice::<f64>(op.norm) }.copy_from_slice(&[norm, clip]);
+        Ok(())
     }
 
     pub(super) fn update(&self, op: &AdamW) {
