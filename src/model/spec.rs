@@ -32,7 +32,7 @@ pub enum RopeScaling {
 }
 
 /// The shape of a decoder-only transformer. All sizes are element counts; ids are token ids.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// The name shown for it: a preset's name, a directory's name or a hub id.
     pub name: String,

@@ -12,7 +12,7 @@ mod activations;
 mod components;
 mod config;
 
-pub use config::{Attention, EstimateConfig, EstimateLoss, EstimateMethod, EstimateOptimizer};
+pub use config::{Attention, EstimateConfig, EstimateLoss, EstimateMethod};
 
 use crate::model::ModelSpec;
 use crate::{Error, Result};
@@ -76,7 +76,7 @@ pub struct Moment {
 }
 
 /// The memory of one run under transformers + PEFT + bitsandbytes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Estimate {
     /// The model's name.
     pub model: String,

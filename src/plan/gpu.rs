@@ -5,7 +5,7 @@ use crate::{Error, Result};
 const MIB: u64 = 1 << 20;
 
 /// A graphics card as far as memory planning needs it. All sizes are bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Gpu {
     /// The preset's name (`rtx-4090`) or the name that you gave.
     pub name: String,

@@ -12,6 +12,7 @@ mod pack;
 mod region;
 mod scratch;
 
+pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
 pub use gpu::Gpu;
 pub use config::{Checkpointing, Method, PlanConfig};
 pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};

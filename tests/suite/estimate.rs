@@ -1,33 +1,13 @@
 //! The estimate of transformers + PEFT + bitsandbytes against measured peaks and against counted bytes.
 
-use tunebook::model::{Family, ModelSpec, RopeScaling};
+use tunebook::model::ModelSpec;
 use tunebook::plan::{
-    Attention, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, EstimateOptimizer, Gpu, Part,
+    Attention, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Gpu, MemoryPlan, Part,
 };
+use tunebook::train::Optim;
 
-/// Mistral-7B-v0.1 as its config.json gives it.
-pub fn mistral_7b() -> ModelSpec {
-    ModelSpec {
-        name: "mistral-7b-v0.1".into(),
-        family: Family::Mistral,
-        vocab_size: 32000,
-        hidden_size: 4096,
-        intermediate_size: 14336,
-        num_hidden_layers: 32,
-        num_attention_heads: 32,
-        num_key_value_heads: 8,
-        head_dim: 128,
-        max_position_embeddings: 32768,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10000.0,
-        rope_scaling: RopeScaling::Default,
-        sliding_window: Some(4096),
-        tie_word_embeddings: false,
-        dtype: candle_core::DType::BF16,
-        bos_token_id: Some(1),
-        eos_token_id: vec![2],
-        pad_token_id: None,
-    }
+fn mistral_7b() -> ModelSpec {
+    ModelSpec::preset("mistral-7b-v0.1").unwrap()
 }
 
 fn bytes(e: &Estimate, name: &str) -> u64 {
@@ -143,7 +123,7 @@ fn choices_move_the_peak_the_way_they_should() {
     // 325,451,776 bytes: f32 absmax instead of codes and their nested absmax, less the nested code tables.
     assert_eq!(with(|c| c.double_quant = false) - base, 325_451_776 - 224 * 1024);
     // 2 x 4 bytes per parameter resident instead of 2 paged.
-    assert_eq!(with(|c| c.optimizer = EstimateOptimizer::AdamW) - base, 8 * 167_772_160 - 2 * 4_194_304 - 5_242_880);
+    assert_eq!(with(|c| c.optim = Optim::AdamW) - base, 8 * 167_772_160 - 2 * 4_194_304 - 5_242_880);
     assert_eq!(with(|c| c.gradient_accumulation_steps = 16) - base, 671_088_640);
     assert_eq!(with(|c| c.keep_outputs = true) - base, 2 * 2048 * 32000);
     assert!(with(|c| c.method = EstimateMethod::Lora) > base);
@@ -182,4 +162,18 @@ fn cards_by_name() {
     let e = Estimate::new(&mistral_7b(), EstimateConfig { seq: 2048, ..EstimateConfig::qlora() }).unwrap();
     assert!(!e.fits(&Gpu::preset("rtx-3060").unwrap()));
     assert!(e.fits(&Gpu::preset("rtx-4060-ti-16gb").unwrap()));
+}
+
+#[test]
+fn the_same_run_as_a_plan() {
+    let plan = MemoryPlan::qlora(&mistral_7b()).r(64).batch(4).seq(512).optim(Optim::PagedAdamW8bit).build().unwrap();
+    let like = EstimateConfig::like(&plan);
+    let leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    assert_eq!(like, EstimateConfig { target_modules: leaves.map(String::from).to_vec(), ..EstimateConfig::qlora() });
+    let estimate = Estimate::new(&mistral_7b(), like).unwrap();
+    assert_eq!(estimate.total, Estimate::new(&mistral_7b(), EstimateConfig::qlora()).unwrap().total);
+    // The same adapter, counted by both.
+    assert_eq!(estimate.trainable_params, plan.trainable_params());
+    println!("ours {} theirs {}", plan.arena_bytes(), estimate.total);
+    assert!(plan.arena_bytes() < estimate.total);
 }

@@ -1,8 +1,9 @@
 //! Weights, adapter, gradients and optimizer state, and the sheet that all components are written on.
 
-use super::{Component, Estimate, EstimateConfig, EstimateMethod, EstimateOptimizer, Moment, Part, too_large};
+use super::{Component, Estimate, EstimateConfig, EstimateMethod, Moment, Part, too_large};
 use crate::Result;
 use crate::model::ModelSpec;
+use crate::train::Optim;
 
 /// bitsandbytes pages a state tensor from this many elements (`optimizer.py`, `get_state_buffer`).
 const PAGED_FROM: u128 = 100_000;
@@ -240,10 +241,9 @@ pub(super) fn optimizer(s: &Shape, sheet: &mut Sheet) {
     for (size, times) in s.trained() {
         let (codes, scales) = moments(s, size);
         absmax += times * scales;
-        let pages = matches!(s.cfg.optimizer, EstimateOptimizer::PagedAdamW8bit | EstimateOptimizer::PagedAdamW32bit);
-        if pages && size >= PAGED_FROM { paged += times * codes } else { state += times * codes }
+        if s.cfg.optim.is_paged() && size >= PAGED_FROM { paged += times * codes } else { state += times * codes }
     }
-    let name = s.cfg.optimizer.name();
+    let name = s.cfg.optim.name();
     sheet.add(Part::Optimizer, "exp_avg, exp_avg_sq", state, Live::Always, format!("{name}: both moments of the resident tensors"));
     sheet.add(Part::Optimizer, "absmax of the moments", absmax, Live::Always, format!("{name}: 2 x 4 per 256 parameters"));
     sheet.paged = paged;
@@ -251,10 +251,10 @@ pub(super) fn optimizer(s: &Shape, sheet: &mut Sheet) {
 
 /// Bytes of the two moments of a tensor of `size` parameters, and of their absmax.
 fn moments(s: &Shape, size: u128) -> (u128, u128) {
-    match s.cfg.optimizer {
+    match s.cfg.optim {
         // torch's AdamW keeps the parameter's dtype.
-        EstimateOptimizer::AdamW if s.cfg.method == EstimateMethod::FullBf16 => (4 * size, 0),
-        EstimateOptimizer::AdamW | EstimateOptimizer::PagedAdamW32bit => (8 * size, 0),
+        Optim::AdamW if s.cfg.method == EstimateMethod::FullBf16 => (4 * size, 0),
+        Optim::AdamW | Optim::PagedAdamW32bit => (8 * size, 0),
         _ if size < MIN_8BIT => (8 * size, 0),
         _ => (2 * size, 8 * size.div_ceil(256)),
     }

@@ -1,6 +1,8 @@
 //! What an [`Estimate`](super::Estimate) is asked.
 
 use crate::model::ModelSpec;
+use crate::plan::{Checkpointing, MemoryPlan, Method};
+use crate::train::Optim;
 use crate::{Error, Result};
 
 /// What is held in which precision.
@@ -51,32 +53,6 @@ impl EstimateMethod {
     }
 }
 
-/// The optimizers of transformers' `optim` that are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(non_camel_case_types, reason = "the names are transformers' own")]
-pub enum EstimateOptimizer {
-    /// `adamw_torch_fused`: both moments in the dtype of the parameter.
-    AdamW,
-    /// `adamw_8bit`: two 8-bit codes and 2 f32 absmax per 256 parameters; tensors under 4,096 elements in f32.
-    AdamW8bit,
-    /// `paged_adamw_8bit`: the codes of tensors from 100,000 elements in unified memory, their absmax on the device.
-    PagedAdamW8bit,
-    /// `paged_adamw_32bit`: f32 moments, in unified memory from 100,000 elements.
-    PagedAdamW32bit,
-}
-
-impl EstimateOptimizer {
-    /// transformers' name for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            EstimateOptimizer::AdamW => "adamw",
-            EstimateOptimizer::AdamW8bit => "adamw_8bit",
-            EstimateOptimizer::PagedAdamW8bit => "paged_adamw_8bit",
-            EstimateOptimizer::PagedAdamW32bit => "paged_adamw_32bit",
-        }
-    }
-}
-
 /// How attention is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attention {
@@ -119,8 +95,9 @@ pub struct EstimateConfig {
     pub gradient_accumulation_steps: usize,
     /// Keep only each layer's input and recompute the layer in the backward pass.
     pub gradient_checkpointing: bool,
-    /// The optimizer.
-    pub optimizer: EstimateOptimizer,
+    /// The optimizer. `AdamW` is `adamw_torch_fused`, with both moments in the parameter's dtype; bitsandbytes' 8-bit
+    /// ones keep f32 absmax per 256 parameters on the device, and page tensors from 100,000 elements.
+    pub optim: Optim,
     /// How attention is computed.
     pub attention: Attention,
     /// How the loss is computed.
@@ -143,7 +120,7 @@ impl EstimateConfig {
             seq: 512,
             gradient_accumulation_steps: 1,
             gradient_checkpointing: true,
-            optimizer: EstimateOptimizer::PagedAdamW8bit,
+            optim: Optim::PagedAdamW8bit,
             attention: Attention::Flash,
             loss: EstimateLoss::Full,
             keep_outputs: false,
@@ -152,19 +129,50 @@ impl EstimateConfig {
 
     /// The same run on a bf16 base, with 32-bit AdamW.
     pub fn lora() -> Self {
-        EstimateConfig { method: EstimateMethod::Lora, optimizer: EstimateOptimizer::AdamW, ..Self::qlora() }
+        EstimateConfig { method: EstimateMethod::Lora, optim: Optim::AdamW, ..Self::qlora() }
     }
 
     /// Full fine-tuning, 4 x 512 tokens, checkpointing; `mixed` keeps f32 master weights and moments.
     pub fn full(mixed: bool) -> Self {
         let method = if mixed { EstimateMethod::FullMixed } else { EstimateMethod::FullBf16 };
-        EstimateConfig { method, optimizer: EstimateOptimizer::AdamW, ..Self::qlora() }
+        EstimateConfig { method, optim: Optim::AdamW, ..Self::qlora() }
     }
 
     /// Generating one sequence of up to 2,048 tokens.
     pub fn inference(four_bit: bool) -> Self {
         let method = if four_bit { EstimateMethod::Inference4bit } else { EstimateMethod::Inference };
         EstimateConfig { method, micro_batch_size: 1, seq: 2048, ..Self::qlora() }
+    }
+
+    /// The same run as `plan`, as that stack would do it: all logits at once, and all layers recomputed or none.
+    pub fn like(plan: &MemoryPlan) -> Self {
+        let config = plan.config();
+        let method = match config.method {
+            Method::Full => EstimateMethod::FullMixed,
+            Method::FullPureBf16 => EstimateMethod::FullBf16,
+            Method::Lora => EstimateMethod::Lora,
+            Method::Qlora => EstimateMethod::Qlora,
+            Method::Inference if config.quantization.is_some() => EstimateMethod::Inference4bit,
+            Method::Inference => EstimateMethod::Inference,
+        };
+        let mut target_modules: Vec<String> = Vec::new();
+        for leaf in plan.targets().into_iter().flat_map(|t| &t.matched).filter_map(|m| m.name.rsplit('.').next()) {
+            if !target_modules.iter().any(|t| t == leaf) {
+                target_modules.push(leaf.to_owned());
+            }
+        }
+        EstimateConfig {
+            method,
+            double_quant: config.quantization.is_none_or(|q| q.double_quant),
+            r: config.lora.as_ref().map_or(0, |l| l.r),
+            target_modules,
+            lora_dropout: config.lora.as_ref().map_or(0.0, |l| l.lora_dropout),
+            micro_batch_size: config.micro_batch_size,
+            seq: config.max_seq_length,
+            gradient_checkpointing: config.checkpointing != Checkpointing::None,
+            optim: config.optim,
+            ..Self::qlora()
+        }
     }
 
     /// Refuses sizes of zero and targets that no linear module of the model has.
