@@ -77,7 +77,8 @@ impl Nf4Tensor {
         );
         if let Absmax::Nested { offset, blocksize, .. } = &self.absmax {
             let offset = python_float(f64::from(*offset));
-            json += &format!(r#", "nested_blocksize": {blocksize}, "nested_dtype": "float32", "nested_offset": {offset}"#);
+            json +=
+                &format!(r#", "nested_blocksize": {blocksize}, "nested_dtype": "float32", "nested_offset": {offset}"#);
         }
         json + "}"
     }
@@ -126,7 +127,14 @@ impl Parts<'_> {
                 Absmax::Nested { codes: codes.3, absmax: self.floats("nested_absmax")?, offset, blocksize }
             }
         };
-        let q = Nf4Tensor { packed, absmax, shape: state.shape, dtype: state.dtype, quant_type, blocksize: state.blocksize };
+        let q = Nf4Tensor {
+            packed,
+            absmax,
+            shape: state.shape,
+            dtype: state.dtype,
+            quant_type,
+            blocksize: state.blocksize,
+        };
         q.validate()?;
         Ok(q)
     }
@@ -135,7 +143,9 @@ impl Parts<'_> {
     fn take(&mut self, part: &str) -> Result<BnbTensor> {
         let key = if part.is_empty() { self.name.to_owned() } else { format!("{}.{part}", self.name) };
         let Some(i) = self.tensors.iter().position(|t| t.0 == key) else {
-            return Err(Error::new("a part of the 4-bit weight is missing").at(key).next("check that every shard of the model is there"));
+            return Err(Error::new("a part of the 4-bit weight is missing")
+                .at(key)
+                .next("check that every shard of the model is there"));
         };
         Ok(self.tensors.swap_remove(i))
     }
@@ -159,7 +169,10 @@ impl Parts<'_> {
         }
         let (values, rest) = bytes.as_chunks::<4>();
         if !rest.is_empty() {
-            return Err(Error::new("a tensor of broken size").at(part).expected("4 bytes per value").found(format!("{} bytes", bytes.len())));
+            return Err(Error::new("a tensor of broken size")
+                .at(part)
+                .expected("4 bytes per value")
+                .found(format!("{} bytes", bytes.len())));
         }
         Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
     }

@@ -197,12 +197,12 @@ mod tests {
             let check = |x: f32| assert_eq!(map.encode(x), search(values, x), "{map:?} {x:e} {:x}", x.to_bits());
             for w in values.windows(2) {
                 for x in [w[0], w[1], (w[0] + w[1]) * 0.5] {
-                    [x, x.next_up(), x.next_down(), -x, -x.next_up(), -x.next_down()].map(check);
+                    [x, x.next_up(), x.next_down(), -x, -x.next_up(), -x.next_down()].into_iter().for_each(check);
                 }
             }
             // Both ends of every range of numbers with equal upper bits, NaN, infinities and denormals included.
             for upper in 0..=0xffff_u32 {
-                [0, 1, 0x7fff, 0x8000, 0xffff].map(|lower| check(f32::from_bits(upper << 16 | lower)));
+                [0, 1, 0x7fff, 0x8000, 0xffff].into_iter().for_each(|lower| check(f32::from_bits(upper << 16 | lower)));
             }
         }
     }

@@ -1,11 +1,19 @@
 //! The three number formats that weights come in, read as f32 one element at a time.
 
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use super::simd::Lanes;
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use Element as Lanes;
 
 /// f32, bf16 or f16.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     fn read(self) -> f32;
     fn write(v: f32) -> Self;
+    /// `n` zeros, from pages that the system has zeroed: nothing is written.
+    fn zeros(n: usize) -> Vec<Self>;
 }
 
 impl Element for f32 {
@@ -14,6 +22,9 @@ impl Element for f32 {
     }
     fn write(v: f32) -> Self {
         v
+    }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![0.0; n]
     }
 }
 
@@ -24,6 +35,9 @@ impl Element for bf16 {
     fn write(v: f32) -> Self {
         bf16::from_f32(v)
     }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![0u16; n].reinterpret_into()
+    }
 }
 
 impl Element for f16 {
@@ -33,9 +47,13 @@ impl Element for f16 {
     fn write(v: f32) -> Self {
         f16::from_f32(v)
     }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![0u16; n].reinterpret_into()
+    }
 }
 
 /// Denormals count as zero (of the same sign), as on the GPU.
+#[inline(always)]
 pub(super) fn flush(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x }
 }

@@ -183,7 +183,12 @@ impl fmt::Debug for Absmax {
         match self {
             Absmax::F32(v) => write!(f, "F32[{}]", v.len()),
             Absmax::Nested { codes, absmax, offset, blocksize } => {
-                write!(f, "Nested(codes u8[{}], absmax f32[{}] per {blocksize}, offset {offset})", codes.len(), absmax.len())
+                write!(
+                    f,
+                    "Nested(codes u8[{}], absmax f32[{}] per {blocksize}, offset {offset})",
+                    codes.len(),
+                    absmax.len()
+                )
             }
         }
     }
@@ -353,7 +358,10 @@ pub(super) fn checked_numel(shape: &[usize]) -> Result<usize> {
         // Twice as many bytes as elements must be countable too.
         .filter(|&n| n <= isize::MAX as usize / 4)
         .ok_or_else(|| {
-            Error::new("a tensor that is too large for memory").at("shape").found(format!("{shape:?}")).next("check the shape")
+            Error::new("a tensor that is too large for memory")
+                .at("shape")
+                .found(format!("{shape:?}"))
+                .next("check the shape")
         })
 }
 

@@ -111,7 +111,8 @@ fn four_bit_cases_equal_bitsandbytes() {
                 nf4_codes += x.len();
             }
             QuantType::Fp4 => {
-                let absmax: Vec<f32> = x.chunks(c.blocksize).map(|b| b.iter().fold(0f32, |m, v| m.max(v.abs()))).collect();
+                let absmax: Vec<f32> =
+                    x.chunks(c.blocksize).map(|b| b.iter().fold(0f32, |m, v| m.max(v.abs()))).collect();
                 let expected = Nf4Tensor { packed: expected.clone(), ..q.clone() };
                 for (i, (a, b)) in q.codes().into_iter().zip(expected.codes()).enumerate() {
                     if a != b {
@@ -226,7 +227,8 @@ fn quantizing_the_tiny_model_gives_the_bytes_that_bitsandbytes_saved_on_a_gpu() 
         let ours = nf4::quantize(&w, Nf4Config::default()).unwrap();
         assert_eq!(ours.packed, theirs.packed, "{name}");
         assert_eq!((&ours.shape, ours.dtype), (&theirs.shape, theirs.dtype), "{name}");
-        let (Absmax::Nested { codes, offset, .. }, Absmax::Nested { codes: c2, offset: o2, .. }) = (&ours.absmax, &theirs.absmax)
+        let (Absmax::Nested { codes, offset, .. }, Absmax::Nested { codes: c2, offset: o2, .. }) =
+            (&ours.absmax, &theirs.absmax)
         else {
             panic!("{name} is not nested")
         };

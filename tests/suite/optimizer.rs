@@ -125,7 +125,9 @@ fn adamw_8bit_equals_bitsandbytes() {
             }
         }
     }
-    println!("8-bit AdamW: {compared} states, {differ} of {codes} codes differ, p within {largest:?} (plain, heavy tail)");
+    println!(
+        "8-bit AdamW: {compared} states, {differ} of {codes} codes differ, p within {largest:?} (plain, heavy tail)"
+    );
     assert!(compared >= 8 && codes > 50_000 && differ * 10_000 <= codes, "{differ} of {codes}");
 }
 

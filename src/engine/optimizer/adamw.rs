@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::{AdamWHyper, CHUNK, widest};
+use super::{AdamWHyper, CHUNK};
+use crate::nf4::widest;
 
 /// One step of `torch.optim.AdamW`, all slices of the same length:
 ///
@@ -46,7 +47,13 @@ fn each_chunk(
     step: impl Fn(&mut [f32], &[f32], &mut [f32], &mut [f32]) + Sync,
 ) {
     let n = p.len();
-    assert!(g.len() == n && m.len() == n && v.len() == n, "lengths: p {n}, g {}, moments {} {}", g.len(), m.len(), v.len());
+    assert!(
+        g.len() == n && m.len() == n && v.len() == n,
+        "lengths: p {n}, g {}, moments {} {}",
+        g.len(),
+        m.len(),
+        v.len()
+    );
     let pieces = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
     let pieces = pieces.zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK));
     pieces.for_each(|(((p, g), m), v)| step(p, g, m, v));

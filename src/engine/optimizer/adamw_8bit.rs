@@ -2,8 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::{AdamWHyper, CHUNK, widest};
+use super::{AdamWHyper, CHUNK};
 use crate::nf4::dynamic8::{Map, Tables};
+use crate::nf4::widest;
 
 /// Elements of 8-bit state that share an absmax.
 pub const STATE_BLOCKSIZE: usize = 256;
@@ -35,8 +36,19 @@ pub fn adamw_8bit(
     h: &AdamWHyper,
 ) {
     let (n, blocks) = (p.len(), p.len().div_ceil(STATE_BLOCKSIZE));
-    assert!(g.len() == n && s1.len() == n && s2.len() == n, "lengths: p {n}, g {}, s {} {}", g.len(), s1.len(), s2.len());
-    assert!(absmax1.len() == blocks && absmax2.len() == blocks, "absmax: {} {} of {blocks}", absmax1.len(), absmax2.len());
+    assert!(
+        g.len() == n && s1.len() == n && s2.len() == n,
+        "lengths: p {n}, g {}, s {} {}",
+        g.len(),
+        s1.len(),
+        s2.len()
+    );
+    assert!(
+        absmax1.len() == blocks && absmax2.len() == blocks,
+        "absmax: {} {} of {blocks}",
+        absmax1.len(),
+        absmax2.len()
+    );
     let c = Coefficients::new(h);
     let maps = (Map::Signed.tables(), Map::Unsigned.tables());
     const BLOCKS: usize = CHUNK / STATE_BLOCKSIZE;

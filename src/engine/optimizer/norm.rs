@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::widest;
+use crate::nf4::widest;
 
 /// Pieces that a gradient is cut into, at most; the partial sums live on the stack.
 const PIECES: usize = 256;
