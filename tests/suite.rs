@@ -32,3 +32,5 @@ mod kill_resume;
 mod train_config;
 #[path = "suite/stories.rs"]
 mod stories;
+#[path = "suite/trajectory.rs"]
+mod trajectory;
