@@ -194,14 +194,17 @@ impl RunDir {
     /// A run that is already there, or files of one; a directory that cannot be written; another process in it.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        for file in ["run.json", "metrics.jsonl", "checkpoints"] {
-            if path.join(file).exists() {
-                return Err(Error::new("there is already a run here")
-                    .at_path(path)
-                    .expected("a new or empty directory")
-                    .found(file)
-                    .next("continue it with `Run::resume`, or choose another directory"));
-            }
+        // Empty ones are what a creation leaves that was cut short before `commit`.
+        let used = |file: &str| {
+            let path = path.join(file);
+            std::fs::read_dir(&path).map_or_else(|_| std::fs::metadata(&path).is_ok_and(|m| m.len() > 0), |d| d.count() > 0)
+        };
+        if let Some(file) = ["run.json", "metrics.jsonl", "checkpoints"].into_iter().find(|file| used(file)) {
+            return Err(Error::new("there is already a run here")
+                .at_path(path)
+                .expected("a new or empty directory")
+                .found(file)
+                .next("continue it with `Run::resume`, or choose another directory"));
         }
         files::create_dir_all(path)?;
         Ok(RunDir { hold: Arc::new(Hold::take(path)?), path: path.to_owned() })

@@ -343,7 +343,11 @@ fn a_run_comes_back_as_it_was_asked() {
     let half = tmp.path().join("half");
     drop(RunDir::create(&half).unwrap());
     assert_eq!(RunDir::open(&half).unwrap_err().what(), "there is no run here");
+    fs::create_dir(half.join("checkpoints")).unwrap();
+    fs::write(half.join("metrics.jsonl"), "").unwrap();
     drop(RunDir::create(&half).unwrap());
+    fs::write(half.join("metrics.jsonl"), "{}\n").unwrap();
+    assert!(RunDir::create(&half).unwrap_err().to_string().contains("metrics.jsonl"));
     assert!(RunDir::open(tmp.path().join("nowhere")).unwrap_err().to_string().contains("no such directory"));
 }
 
