@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tunebook::data::{Dataset, Example};
 use tunebook::model::Base;
 use tunebook::plan::MemoryPlan;
-use tunebook::train::{LrScheduler, Metrics, Optim, Run, StepReport, TrainConfig};
+use tunebook::train::{CheckpointDir, LrScheduler, Metrics, Optim, Run, StepReport, TrainConfig};
 
 use crate::support::golden;
 
@@ -126,6 +126,7 @@ fn read(dir: &Path, file: &str) -> Vec<u8> {
     std::fs::read(dir.join(format!("run/checkpoints/step-{STEPS}/{file}"))).unwrap()
 }
 
+/// `TUNEBOOK_KILLS` asks for more kills than the usual 25.
 #[test]
 fn killed_runs_end_as_if_nothing_had_happened() {
     let tmp = TempDir::new().unwrap();
@@ -137,6 +138,7 @@ fn killed_runs_end_as_if_nothing_had_happened() {
     assert_eq!(expected.steps.len() as u64, STEPS);
     assert!(expected.steps.iter().any(|r| r.clipped) && expected.steps[39].loss < expected.steps[0].loss);
 
+    let wanted: u32 = std::env::var("TUNEBOOK_KILLS").map_or(25, |n| n.parse().unwrap());
     let mut rng = ChaCha8Rng::seed_from_u64(21);
     let (mut kills, mut at_start, mut resumed, mut cut, mut longest) = (0, 0, 0, 0, 150);
     for round in 0.. {
@@ -158,7 +160,7 @@ fn killed_runs_end_as_if_nothing_had_happened() {
             let names = std::fs::read_dir(dir.join("run/checkpoints")).into_iter().flatten();
             cut += names.filter(|e| e.as_ref().is_ok_and(|e| e.file_name().as_encoded_bytes().starts_with(b"."))).count();
             // On a slow machine a life must be long enough for a few steps.
-            longest += if kills % 20 == 0 { 100 } else { 0 };
+            longest += if kills % 20 == 0 && resumed == 0 { 100 } else { 0 };
         }
         let found = Metrics::read(dir.join("run")).unwrap();
         assert_eq!(found.steps.iter().map(numbers).collect::<Vec<_>>(), expected.steps.iter().map(numbers).collect::<Vec<_>>());
@@ -166,9 +168,56 @@ fn killed_runs_end_as_if_nothing_had_happened() {
             assert_eq!(read(&dir, file), read(&straight, file), "{file} after {kills} kills");
         }
         resumed += found.resumes().len();
-        if kills >= 25 && resumed >= 5 {
+        if kills >= wanted && resumed >= 5 {
             break;
         }
     }
     println!("{kills} kills, {at_start} of them while loading, {cut} within a checkpoint; {resumed} resumes");
+}
+
+/// Each method and optimizer, stopped in the middle of an accumulation and resumed, against going straight through.
+#[test]
+fn every_kind_of_run_resumes() {
+    let base = Base::from_dir(golden("tiny/tiny-mistral/base")).unwrap();
+    let (lora, qlora, full) = (MemoryPlan::lora(base.spec()), MemoryPlan::qlora(base.spec()), MemoryPlan::full(base.spec()));
+    let kinds = [
+        (full.clone(), Optim::AdamW),
+        (full, Optim::PagedAdamW8bit),
+        (lora.clone().r(8), Optim::AdamW8bit),
+        (lora.r(4), Optim::PagedAdamW32bit),
+        (qlora.r(8).lora_dropout(0.2), Optim::PagedAdamW8bit),
+    ];
+    let tmp = TempDir::new().unwrap();
+    for (kind, (plan, optim)) in kinds.into_iter().enumerate() {
+        let dir = |name: &str| tmp.path().join(format!("{kind}-{name}"));
+        let create = |name: &str| {
+            let plan = plan.clone().cpu().batch(2).seq(40).optim(optim).build().unwrap();
+            let config = TrainConfig::default()
+                .optim(optim)
+                .per_device_train_batch_size(2)
+                .gradient_accumulation_steps(2)
+                .max_steps(8)
+                .learning_rate(1e-3)
+                .save_steps(2)
+                .group_by_length(kind % 2 == 0);
+            Run::create(dir(name), plan, base.clone(), dataset(), config).unwrap()
+        };
+        let mut straight = create("straight");
+        straight.train().unwrap();
+        let mut run = create("stopped");
+        run.steps(5).unwrap();
+        run.micro_step().unwrap();
+        drop(run);
+        let mut run = Run::resume(dir("stopped")).unwrap();
+        assert_eq!(run.step_count(), 4);
+        run.train().unwrap();
+        assert_eq!(run.history().unwrap().resumes(), [4]);
+        let steps = |run: &Run| run.history().unwrap().steps.iter().map(numbers).collect::<Vec<_>>();
+        assert_eq!(steps(&run), steps(&straight), "{optim}, kind {kind}");
+        let end = |name: &str| CheckpointDir::open(dir(name).join("checkpoints/step-8")).unwrap();
+        for (a, b) in end("straight").manifest().files.iter().zip(&end("stopped").manifest().files) {
+            // The state says that one of them was resumed.
+            assert!(a == b || a.name == "state.json", "{optim}, kind {kind}: {a:?} {b:?}");
+        }
+    }
 }
