@@ -22,7 +22,7 @@ pub use error::{Error, Result};
 pub mod prelude {
     pub use crate::data::{self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, Rows, Tokenizer};
     pub use crate::generate::{Sampling, generate};
-    pub use crate::lora::{self, Adapter, LoraConfig, Targets};
+    pub use crate::lora::{self, Adapter, LoraConfig, MergeBase, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
     pub use crate::train::{LrScheduler, Metrics, Optim, StepReport, TrainConfig};
     pub use crate::{Error, Result};

@@ -198,6 +198,7 @@ fn check_modules<'a>(
 }
 
 /// An adapter's files with only headers read: merging takes one pair at a time.
+#[derive(Clone)]
 pub(super) struct AdapterFiles {
     pub config: AdapterConfig,
     weights: Checkpoint,
@@ -205,6 +206,7 @@ pub(super) struct AdapterFiles {
 }
 
 /// Keys and shape of one module's pair.
+#[derive(Clone)]
 struct Entry {
     a: String,
     b: String,

@@ -5,9 +5,15 @@
 mod adapter;
 mod adapter_config;
 mod config;
+mod delta;
 mod discover;
+mod merge;
+mod merge_report;
+mod merge_weight;
 
 pub use adapter::{Adapter, LoraPair};
 pub use adapter_config::AdapterConfig;
 pub use config::{LoraConfig, Targets};
+pub use merge::{Merge, MergeOnto, merge};
+pub use merge_report::{LayerMerge, MergeBase, MergeCost, MergeReport, ModuleMerge};
 pub use discover::{Discovery, TargetGroup, TargetStatus, discover};

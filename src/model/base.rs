@@ -8,6 +8,7 @@ use candle_core::DType;
 
 use super::bnb::{self, QuantizationConfig};
 use super::{Checkpoint, ModelSpec};
+use crate::nf4::Nf4Tensor;
 use crate::{Error, Result, files};
 
 /// A model directory: `config.json`, safetensors, tokenizer. Cheap to clone; only headers are in memory.
@@ -57,6 +58,15 @@ impl Base {
     /// The `quantization_config` of a bitsandbytes 4-bit checkpoint; `None` for a dense one.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
         self.0.quantization.as_ref()
+    }
+
+    /// The 4-bit weight of a linear module (`model.layers.0.self_attn.q_proj`), all its parts checked and in memory;
+    /// `None` if the checkpoint holds it dense.
+    ///
+    /// # Errors
+    /// Parts that are missing, cannot be read or contradict each other.
+    pub fn nf4(&self, module: &str) -> Result<Option<Nf4Tensor>> {
+        bnb::read(&self.0.checkpoint, &format!("{module}.weight"))
     }
 
     /// Checks that every tensor of [`ModelSpec::tensors`] is there, with its shape and a floating-point dtype; a
@@ -112,11 +122,8 @@ impl Base {
 
 impl fmt::Debug for Base {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (s, kind) = (&self.0.spec, if self.0.quantization.is_some() { "4-bit" } else { s_dtype(&self.0.spec) });
+        let s = &self.0.spec;
+        let kind = if self.0.quantization.is_some() { "4-bit" } else { s.dtype.as_str() };
         write!(f, "Base({}: {} parameters, {kind}, {})", s.name, s.total_params(), self.0.dir.display())
     }
-}
-
-fn s_dtype(spec: &ModelSpec) -> &'static str {
-    spec.dtype.as_str()
 }

@@ -5,9 +5,10 @@
 //! `X.weight.nested_quant_map`, and `X.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): JSON text as u8.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Checkpoint;
+use crate::nf4::{Nf4Config, Nf4Tensor};
 use crate::{Error, Result};
 
 /// What `config.json` says under `quantization_config`, as far as it matters for reading.
@@ -56,9 +57,30 @@ impl QuantizationConfig {
             bnb_4bit_compute_dtype: text("bnb_4bit_compute_dtype").unwrap_or("float32").into(),
         }))
     }
+
+    /// What transformers writes for a model that it quantized with `cfg`, ready for `config.json`.
+    ///
+    /// `compute_dtype` is torch's name for the dtype of the matrix products, e.g. `bfloat16`.
+    pub fn to_json(cfg: Nf4Config, compute_dtype: &str) -> Value {
+        json!({
+            "_load_in_4bit": true,
+            "_load_in_8bit": false,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": cfg.quant_type.as_str(),
+            "bnb_4bit_use_double_quant": cfg.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": false,
+            "llm_int8_has_fp16_weight": false,
+            "llm_int8_skip_modules": null,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": true,
+            "load_in_8bit": false,
+            "quant_method": "bitsandbytes"
+        })
+    }
 }
 
-/// The JSON of `quant_state.bitsandbytes__*`.
+/// The JSON of `quant_state.bitsandbytes__*`, as far as it is needed before the weight itself is read.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct QuantState {
     /// `[out_features, in_features]`.
@@ -78,4 +100,29 @@ pub(super) fn quant_state(checkpoint: &Checkpoint, weight: &str) -> Result<Optio
             .next("save or download the checkpoint again")
     })?;
     Ok(Some(state))
+}
+
+/// A 4-bit weight with all its parts, or `None` if the checkpoint holds it dense.
+pub(super) fn read(checkpoint: &Checkpoint, weight: &str) -> Result<Option<Nf4Tensor>> {
+    if quant_state(checkpoint, weight)?.is_none() {
+        return Ok(None);
+    }
+    let mut parts = Vec::new();
+    for name in Nf4Tensor::bnb_names(weight) {
+        if checkpoint.contains(&name) {
+            let info = checkpoint.info(&name)?;
+            let bytes = checkpoint.read_bytes(&name)?;
+            parts.push((name, info.dtype, info.shape, bytes));
+        }
+    }
+    Nf4Tensor::from_bnb(weight, parts).map(Some).map_err(|e| e.at_path(checkpoint.path()))
+}
+
+/// Whether `name` is one of the tensors that stand for a 4-bit weight of the checkpoint, the weight included.
+pub(super) fn is_part(checkpoint: &Checkpoint, name: &str) -> bool {
+    let has_state = |weight: &str| {
+        ["nf4", "fp4"].iter().any(|t| checkpoint.contains(&format!("{weight}.quant_state.bitsandbytes__{t}")))
+    };
+    let weight = name.find(".weight.").map_or(name, |i| &name[..i + ".weight".len()]);
+    has_state(weight)
 }

@@ -5,9 +5,11 @@
 
 mod base;
 mod bnb;
+pub(crate) mod bnb_write;
 mod checkpoint;
 mod config;
 mod header;
+pub(crate) mod outdir;
 mod presets;
 mod rope;
 mod spec;
@@ -15,6 +17,7 @@ mod writer;
 
 pub use base::Base;
 pub use bnb::QuantizationConfig;
+pub use bnb_write::write_bnb_4bit;
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub(crate) use spec::dtype_name;
 pub use spec::{Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};

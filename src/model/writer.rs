@@ -15,6 +15,9 @@ use super::checkpoint::{INDEX, SINGLE};
 use super::header::dtype_name;
 use crate::{Error, Result, files};
 
+/// Bytes after which the kernel is asked to start writing.
+const FLUSH: u64 = 32 << 20;
+
 /// One tensor that is going to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorHeader {
@@ -70,6 +73,9 @@ pub struct SafetensorsWriter {
     current: usize,
     /// Bytes of it that are still to come.
     left: u64,
+    /// Bytes written so far, and of those how many the kernel was asked to put on the disk.
+    written: u64,
+    flushed: u64,
 }
 
 impl SafetensorsWriter {
@@ -98,7 +104,8 @@ impl SafetensorsWriter {
         let mut out = BufWriter::with_capacity(1 << 20, tmp);
         out.write_all(&header).map_err(|e| Error::io("write", &path, e))?;
         let left = tensors.first().map_or(0, TensorHeader::bytes);
-        Ok(SafetensorsWriter { path, out, tensors, current: 0, left })
+        let written = header.len() as u64;
+        Ok(SafetensorsWriter { path, out, tensors, current: 0, left, written, flushed: 0 })
     }
 
     /// Appends bytes of the tensor `name` (little-endian, as in the file); it may come in several pieces.
@@ -120,7 +127,21 @@ impl SafetensorsWriter {
         }
         self.out.write_all(bytes).map_err(|e| Error::io("write", &self.path, e))?;
         self.left -= bytes.len() as u64;
+        self.written += bytes.len() as u64;
+        if self.written - self.flushed >= FLUSH {
+            self.start_writeback();
+        }
         Ok(())
+    }
+
+    /// Lets the disk work while the next tensors are made, instead of all at once in `finish`.
+    fn start_writeback(&mut self) {
+        use std::os::fd::AsRawFd;
+        let fd = self.out.get_ref().as_file().as_raw_fd();
+        let (at, n) = (self.flushed as i64, (self.written - self.flushed) as i64);
+        // SAFETY: a plain system call on an open file. It is advice: whether it fails does not matter.
+        unsafe { libc::sync_file_range(fd, at, n, libc::SYNC_FILE_RANGE_WRITE) };
+        self.flushed = self.written;
     }
 
     /// Appends values of the tensor `name`, rounded to nearest (ties to even) to its dtype: F32, BF16 or F16.

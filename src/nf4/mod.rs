@@ -39,6 +39,7 @@ mod widest;
 pub use bnb::BnbTensor;
 pub use codebook::{FP4_THRESHOLDS, LevelDerivation, NF4_THRESHOLDS, QuantType, derive_levels};
 pub use dequantize::{dequantize_bf16_into, dequantize_f16_into, dequantize_into};
+pub(crate) use quantize::nest;
 pub use quantize::{quantize, quantize_bf16, quantize_f16, quantize_f32};
 pub use tensor::{Absmax, AbsmaxRef, Nf4Config, Nf4Storage, Nf4Tensor, storage};
 pub(crate) use widest::widest;

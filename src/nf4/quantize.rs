@@ -221,7 +221,7 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 /// Nested quantization: takes the mean away and quantizes the rest to 8 bits.
-fn nest(absmax: Vec<f32>, blocksize: usize) -> Absmax {
+pub(crate) fn nest(absmax: Vec<f32>, blocksize: usize) -> Absmax {
     let offset = mean(&absmax);
     let centred: Vec<f32> = absmax.iter().map(|a| a - offset).collect();
     let (codes, absmax) = dynamic8::quantize_blocks(&centred, dynamic8::Map::Signed, blocksize);

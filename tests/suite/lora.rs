@@ -5,8 +5,11 @@ use std::path::Path;
 
 use candle_core::DType;
 use serde_json::{Value, json};
-use tunebook::lora::{Adapter, AdapterConfig, LoraConfig, TargetStatus, Targets, discover};
-use tunebook::model::{Checkpoint, ModelSpec, SafetensorsWriter, TensorHeader, pt_metadata};
+use tunebook::lora::{
+    self, Adapter, AdapterConfig, LoraConfig, MergeBase, MergeCost, MergeReport, TargetStatus, Targets, discover,
+};
+use tunebook::model::{Base, Checkpoint, ModelSpec, SafetensorsWriter, TensorHeader, pt_metadata};
+use tunebook::nf4::{Nf4Config, Nf4Tensor};
 
 use crate::support::golden;
 
@@ -331,4 +334,356 @@ fn a_fresh_adapter_is_a_seeded_draw_and_changes_nothing_yet() {
     let back = Adapter::load(dir.path()).unwrap();
     assert_eq!(back.tensors, a.tensors);
     assert_eq!(names(&back.config.lora.discover(&spec).unwrap().matched), a.tensors.keys().cloned().collect());
+}
+
+/// Largest absolute difference between a tensor here and there.
+fn differ(a: &Checkpoint, b: &Checkpoint, name: &str) -> f32 {
+    let (a, b) = (a.read_f32(name).unwrap(), b.read_f32(name).unwrap());
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn merges_onto_the_original_are_those_of_peft() {
+    let mut checked = 0;
+    for (model, variant) in READABLE {
+        let (base, adapter) = (golden(&format!("tiny/{model}/base")), golden(&format!("tiny/{model}/peft/{variant}")));
+        if !adapter.join("merged_changed.safetensors").exists() {
+            continue;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("merged");
+        let report = lora::merge(&base, &adapter).unwrap().onto(MergeBase::Original).save(&dir).unwrap();
+        let want = Checkpoint::open(adapter.join("merged_changed.safetensors")).unwrap();
+        let (ours, was) = (Checkpoint::open(&dir).unwrap(), Checkpoint::open(&base).unwrap());
+        assert_eq!(ours.names_in_file_order(), was.names_in_file_order());
+        let mut changed = BTreeSet::new();
+        for name in was.names() {
+            if ours.read_bytes(&name).unwrap() != was.read_bytes(&name).unwrap() {
+                assert!(differ(&ours, &want, &name) <= 2e-7, "{variant} {name} {}", differ(&ours, &want, &name));
+                changed.insert(name);
+                checked += 1;
+            }
+        }
+        assert_eq!(changed, want.names().into_iter().collect());
+        assert_eq!(report.modules.len(), changed.len());
+        assert_eq!(report.bytes, was.bytes());
+        let config = std::fs::read(dir.join("config.json")).unwrap();
+        assert_eq!(config, std::fs::read(base.join("config.json")).unwrap());
+        assert_eq!(Base::from_dir(&dir).unwrap().spec().tensors(), tiny(model).tensors());
+    }
+    assert_eq!(checked, 39);
+}
+
+#[test]
+fn merges_onto_the_quantized_base_are_those_of_peft() {
+    let root = golden("tiny/tiny-mistral");
+    let (dense, quantized, adapter) = (root.join("base"), root.join("bnb_nf4_dq"), root.join("peft_on_nf4_dq"));
+    let cfg = Nf4Config::default();
+    let tmp = tempfile::tempdir().unwrap();
+    let run = |base: &Path, onto, name: &str| {
+        lora::merge(base, &adapter).unwrap().onto(onto).save(tmp.path().join(name)).unwrap();
+        Checkpoint::open(tmp.path().join(name)).unwrap()
+    };
+    let want = Checkpoint::open(adapter.join("merged_into_f32.safetensors")).unwrap();
+    let ours = run(&dense, MergeBase::Original, "f32");
+    let want_dequant = Checkpoint::open(adapter.join("merged_into_dequant.safetensors")).unwrap();
+    let dequant = run(&quantized, MergeBase::Dequantized(cfg), "dequant");
+    // The same from the dense base: quantized here, where the CPU's nested codes may be one off.
+    let here = run(&dense, MergeBase::Dequantized(cfg), "dequant-here");
+    for name in want.names() {
+        assert!(differ(&ours, &want, &name) <= 2e-7, "{name}");
+        assert!(differ(&dequant, &want_dequant, &name) <= 2e-7, "{name} {}", differ(&dequant, &want_dequant, &name));
+        assert!(differ(&here, &want_dequant, &name) <= 3e-3, "{name} {}", differ(&here, &want_dequant, &name));
+    }
+    for dir in ["dequant", "dequant-here"] {
+        let base = Base::from_dir(tmp.path().join(dir)).unwrap();
+        assert!(base.quantization().is_none() && base.checkpoint().names().len() == 21);
+    }
+
+    let four = run(&quantized, MergeBase::Quantized(cfg), "4bit");
+    let want = Checkpoint::open(adapter.join("merged4bit/model.safetensors")).unwrap();
+    assert_eq!(four.names(), want.names());
+    let (mut codes, mut other) = (0usize, 0usize);
+    for name in want.names() {
+        let (a, b) = (four.read_bytes(&name).unwrap(), want.read_bytes(&name).unwrap());
+        if name.ends_with("_proj.weight") {
+            codes += a.len();
+            other += a.iter().zip(&b).filter(|(a, b)| a != b).count();
+        } else if name.ends_with(".absmax") && !name.contains("nested") {
+            assert!(a.iter().zip(&b).all(|(a, b)| a.abs_diff(*b) <= 1), "{name}");
+        } else if !name.contains("quant_state") && !name.contains("nested_absmax") {
+            assert_eq!(a, b, "{name}");
+        }
+    }
+    assert!(other * 1000 <= codes, "{other} of {codes} packed bytes differ");
+    let text = |p: &Path| std::fs::read_to_string(p.join("config.json")).unwrap();
+    assert_eq!(text(&tmp.path().join("4bit")), text(&adapter.join("merged4bit")), "a copy of the base's");
+    assert_eq!(Base::from_dir(tmp.path().join("4bit")).unwrap().quantization().unwrap().bnb_4bit_quant_type, "nf4");
+    // From the dense base, the same model.
+    let here = run(&dense, MergeBase::Quantized(cfg), "4bit-here");
+    assert_eq!(here.names(), want.names());
+}
+
+#[test]
+fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
+    let root = golden("tiny/tiny-mistral");
+    let (dense, quantized, adapter) = (root.join("base"), root.join("bnb_nf4_dq"), root.join("peft/qv_r8"));
+    let cfg = Nf4Config::default();
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("out");
+    let e = lora::merge(&quantized, &adapter).unwrap().onto(MergeBase::Original).save(&out).unwrap_err().to_string();
+    assert!(e.contains("original weights are not there"), "{e}");
+    let other = MergeBase::Dequantized(Nf4Config { blocksize: 128, ..cfg });
+    let e = lora::merge(&quantized, &adapter).unwrap().onto(other).save(&out).unwrap_err().to_string();
+    assert!(e.contains("quantized in another way"), "{e}");
+    let bad = MergeBase::Dequantized(Nf4Config { blocksize: 100, ..cfg });
+    assert!(lora::merge(&dense, &adapter).unwrap().onto(bad).save(&out).is_err());
+    let e = lora::merge(golden("tiny/tiny-llama/base"), &adapter).unwrap_err().to_string();
+    assert!(e.contains("another model") && e.contains("qv_r8"), "{e}");
+    // An adapter that overflows.
+    let mut a = Adapter::load(&adapter).unwrap();
+    a.config.lora.lora_alpha = 1e38;
+    a.tensors.values_mut().for_each(|p| p.b.iter_mut().for_each(|b| *b *= 1e10));
+    a.save(tmp.path().join("huge")).unwrap();
+    for onto in [MergeBase::Original, MergeBase::Dequantized(cfg), MergeBase::Quantized(cfg)] {
+        let e = lora::merge(&dense, tmp.path().join("huge")).unwrap().onto(onto).save(&out).unwrap_err().to_string();
+        assert!(e.contains("finite") && e.contains("q_proj"), "{e}");
+    }
+    assert!(lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save("/proc/x/y").is_err());
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("precious"), "x").unwrap();
+    let e = lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save(&out).unwrap_err().to_string();
+    assert!(e.contains("not empty"), "{e}");
+    let left: BTreeSet<String> = std::fs::read_dir(tmp.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    assert_eq!(left, BTreeSet::from(["huge".to_string(), "out".to_string()]));
+    std::fs::remove_file(out.join("precious")).unwrap();
+    lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save(&out).unwrap();
+}
+
+/// A random model in `dtype` with weights N(0, 0.02), and an adapter whose ΔW has this share of the norm of W.
+fn synthetic(dir: &Path, dtype: DType, hidden: usize, r: usize, ratio: f32) {
+    use rand::{Rng, SeedableRng};
+    let config = json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": hidden * 3 / 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "torch_dtype": "bfloat16"});
+    std::fs::create_dir_all(dir.join("base")).unwrap();
+    std::fs::write(dir.join("base/config.json"), config.to_string()).unwrap();
+    std::fs::write(dir.join("base/tokenizer.json"), "{}").unwrap();
+    std::fs::write(dir.join("base/chat_template.jinja"), "x").unwrap();
+    std::fs::write(dir.join("base/pytorch_model.bin"), "x").unwrap();
+    let spec = ModelSpec::from_dir(dir.join("base")).unwrap();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    // The sum of twelve uniforms: near enough to a normal.
+    let mut normal = |n: usize, std: f32| -> Vec<f32> {
+        (0..n).map(|_| ((0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0) * std).collect()
+    };
+    let headers: Vec<_> = spec.tensors().into_iter().map(|t| TensorHeader::new(t.name, dtype, t.shape)).collect();
+    let path = dir.join("base/model.safetensors");
+    let mut w = SafetensorsWriter::create(path, headers.clone(), &pt_metadata()).unwrap();
+    for h in &headers {
+        w.write_f32(&h.name, &normal(h.shape.iter().product(), 0.02)).unwrap();
+    }
+    w.finish().unwrap();
+    let config = LoraConfig { r, lora_alpha: r as f64, ..LoraConfig::default() };
+    let mut a = Adapter::init(&spec, &config, 1).unwrap();
+    for p in a.tensors.values_mut() {
+        p.a = normal(p.a.len(), 1.0);
+        p.b = normal(p.b.len(), ratio * 0.02 / (r as f32).sqrt());
+    }
+    a.save(dir.join("adapter")).unwrap();
+}
+
+#[test]
+fn the_costs_are_those_measured_with_peft() {
+    // (dW/W, kept of the 4-bit merge, its error, error onto dequantized bf16, distance onto the original): measured on
+    // 4096 x 4096 weights N(0, 0.02), r 64, NF4 nested. Smaller weights here, so a tolerance.
+    let table = [(0.01f32, 0.02, 1.11, 0.165, 9.2), (0.1, 0.84, 0.79, 0.017, 0.92)];
+    for (ratio, kept, error, rounding, distance) in table {
+        let tmp = tempfile::tempdir().unwrap();
+        synthetic(tmp.path(), DType::BF16, 512, 64, ratio);
+        let merge = lora::merge(tmp.path().join("base"), tmp.path().join("adapter")).unwrap();
+        let report = merge.onto(MergeBase::Original).report().unwrap();
+        let t = report.total();
+        let near = |what: &str, found: f64, want: f64, tolerance: f64| {
+            assert!((found - want).abs() <= tolerance, "{what} at {ratio}: {found}, table {want}\n{report}");
+        };
+        near("dW/W", t.norm_delta / t.norm_w, f64::from(ratio), 0.03 * f64::from(ratio));
+        let (o, d, q) = (t.original.unwrap(), t.dequantized.unwrap(), t.quantized.unwrap());
+        near("kept", q.kept, kept, 0.03);
+        near("error", q.error, error, 0.08);
+        near("rounding", d.error, rounding, 0.06 * rounding);
+        near("distance", o.distance, distance, 0.06 * distance);
+        assert_eq!((d.error, q.error), (d.distance, q.distance));
+        assert!((o.kept - 1.0).abs() < 0.01 && (d.kept - 1.0).abs() < 0.01);
+        assert_eq!(report.layers().len(), 2);
+        assert_eq!(report.modules.len(), 14);
+        println!("{report}");
+    }
+}
+
+#[test]
+fn merged_weights_are_rounded_once_and_do_not_depend_on_threads() {
+    let tmp = tempfile::tempdir().unwrap();
+    let tmp = tmp.path();
+    for (dtype, name) in [(DType::BF16, "bf16"), (DType::F16, "f16"), (DType::F32, "f32")] {
+        let dir = tmp.join(name);
+        synthetic(&dir, dtype, 128, 8, 0.05);
+        let run = |threads: usize, onto: MergeBase, out: &str| -> MergeReport {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let m = lora::merge(dir.join("base"), dir.join("adapter")).unwrap();
+                m.onto(onto).max_shard_bytes(100_000).save(dir.join(out)).unwrap()
+            })
+        };
+        for (onto, out) in [
+            (MergeBase::Original, "o"),
+            (MergeBase::Dequantized(Nf4Config::default()), "d"),
+            (MergeBase::Quantized(Nf4Config::default()), "q"),
+        ] {
+            let (mut a, b) = (run(1, onto, &format!("{out}1")), run(3, onto, &format!("{out}3")));
+            (a.seconds, a.dir) = (b.seconds, b.dir.clone());
+            assert_eq!(a, b);
+            let (a, b) = (dir.join(format!("{out}1")), dir.join(format!("{out}3")));
+            let (ca, cb) = (Checkpoint::open(&a).unwrap(), Checkpoint::open(&b).unwrap());
+            assert!(ca.shards().len() > 1);
+            for n in ca.names() {
+                assert_eq!(ca.read_bytes(&n).unwrap(), cb.read_bytes(&n).unwrap(), "{n}");
+            }
+            assert!(a.join("tokenizer.json").exists() && a.join("chat_template.jinja").exists());
+            assert!(!a.join("pytorch_model.bin").exists());
+        }
+        // By the definition, in f64.
+        let (base, out) = (Checkpoint::open(dir.join("base")).unwrap(), Checkpoint::open(dir.join("o1")).unwrap());
+        let adapter = Adapter::load(dir.join("adapter")).unwrap();
+        let (mut off, mut all) = (0, 0);
+        for (module, p) in &adapter.tensors {
+            let key = format!("{module}.weight");
+            let (w, got) = (base.read_f32(&key).unwrap(), out.read_f32(&key).unwrap());
+            for i in 0..p.out_features {
+                for j in 0..p.in_features {
+                    let dot: f64 =
+                        (0..p.r).map(|k| f64::from(p.b[i * p.r + k]) * f64::from(p.a[k * p.in_features + j])).sum();
+                    let at = i * p.in_features + j;
+                    let exact = (f64::from(w[at]) + p.scaling * dot) as f32;
+                    let want = match dtype {
+                        DType::BF16 => half::bf16::from_f32(exact).to_f32(),
+                        DType::F16 => half::f16::from_f32(exact).to_f32(),
+                        _ => exact,
+                    };
+                    all += 1;
+                    off += usize::from(want != got[at] && dtype != DType::F32);
+                    assert!((want - got[at]).abs() <= 0.01 * want.abs() + 1e-6, "{key} {i} {j}");
+                }
+            }
+        }
+        // f32 sums may fall on the other side of a tie now and then.
+        assert!(off * 1000 < all, "{off} of {all}");
+    }
+}
+
+#[test]
+fn an_adapter_that_changes_nothing_leaves_every_byte() {
+    let tmp = tempfile::tempdir().unwrap();
+    let base = golden("tiny/tiny-mistral/base");
+    let config = LoraConfig { target_modules: "q_proj,lm_head".into(), ..LoraConfig::default() };
+    let mut a = Adapter::init(&tiny("tiny-mistral"), &config, 3).unwrap();
+    a.save(tmp.path().join("zero")).unwrap();
+    let dir = tmp.path().join("merged");
+    let report = lora::merge(&base, tmp.path().join("zero")).unwrap().onto(MergeBase::Original).save(&dir).unwrap();
+    let file = "model.safetensors";
+    assert!(std::fs::read(dir.join(file)).unwrap() == std::fs::read(base.join(file)).unwrap());
+    assert!(report.modules.iter().all(|m| m.original.is_none() && m.norm_delta == 0.0));
+    assert!(report.chosen().is_none());
+    // lm_head stays dense in a 4-bit merge, with its share of the adapter.
+    a.tensors.get_mut("lm_head").unwrap().b.fill(0.01);
+    a.save(tmp.path().join("head")).unwrap();
+    let onto = MergeBase::Quantized(Nf4Config::default());
+    let report = lora::merge(&base, tmp.path().join("head")).unwrap().onto(onto).save(tmp.path().join("q")).unwrap();
+    let out = Checkpoint::open(tmp.path().join("q")).unwrap();
+    assert_eq!(out.info("lm_head.weight").unwrap().dtype, DType::F32);
+    assert!(differ(&out, &Checkpoint::open(&base).unwrap(), "lm_head.weight") > 0.001);
+    let head = report.modules.iter().find(|m| m.module == "lm_head").unwrap();
+    assert_eq!(head.original, head.quantized);
+    let MergeCost { kept, .. } = head.original.unwrap();
+    assert!((kept - 1.0).abs() < 1e-4);
+    // An untouched weight is the quantized original.
+    let name = "model.layers.0.mlp.up_proj";
+    let q: Nf4Tensor = Base::from_dir(tmp.path().join("q")).unwrap().nf4(name).unwrap().unwrap();
+    let w = Checkpoint::open(&base).unwrap().read_tensor(&format!("{name}.weight")).unwrap();
+    assert_eq!(q, tunebook::nf4::quantize(&w, Nf4Config::default()).unwrap());
+}
+
+/// Anonymous memory of this process in bytes.
+fn anonymous() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("RssAnon")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Two layers of Mistral-7B's shape, 1.4 GB: run by name, alone, with `--ignored --nocapture`.
+#[test]
+#[ignore = "writes 4 GB"]
+fn two_layers_of_mistral_merge_in_little_memory() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    let tmp = tempfile::tempdir_in(std::env::var_os("TUNEBOOK_BIG").unwrap_or("/tmp".into())).unwrap();
+    let tmp = tmp.path();
+    let spec = ModelSpec { num_hidden_layers: 2, ..ModelSpec::preset("mistral-7b-v0.1").unwrap() };
+    std::fs::create_dir(tmp.join("base")).unwrap();
+    let config = std::fs::read_to_string(golden("configs/mistralai__Mistral-7B-v0.1.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["num_hidden_layers"] = json!(2);
+    std::fs::write(tmp.join("base/config.json"), config.to_string()).unwrap();
+    let headers: Vec<_> =
+        spec.tensors().into_iter().map(|t| TensorHeader::new(t.name, DType::BF16, t.shape)).collect();
+    let mut w = SafetensorsWriter::create(tmp.join("base/model.safetensors"), headers.clone(), &pt_metadata()).unwrap();
+    let noise: Vec<f32> = (0..4096 * 64).map(|i| ((i as f32) * 12.9898).sin() * 0.03).collect();
+    for h in &headers {
+        let n: usize = h.shape.iter().product();
+        for start in (0..n).step_by(noise.len()) {
+            w.write_f32(&h.name, &noise[..noise.len().min(n - start)]).unwrap();
+        }
+    }
+    w.finish().unwrap();
+    let config = LoraConfig { r: 64, lora_alpha: 16.0, ..LoraConfig::default() };
+    let mut a = Adapter::init(&spec, &config, 1).unwrap();
+    a.tensors.values_mut().for_each(|p| p.b.iter_mut().zip(&noise).for_each(|(b, x)| *b = x * 0.1));
+    a.save(tmp.join("adapter")).unwrap();
+    drop((a, noise));
+    let cfg = Nf4Config::default();
+    for (onto, name) in
+        [(MergeBase::Original, "o"), (MergeBase::Dequantized(cfg), "d"), (MergeBase::Quantized(cfg), "q")]
+    {
+        for costs in [true, false] {
+            let (done, peak) = (AtomicBool::new(false), AtomicU64::new(0));
+            let report = std::thread::scope(|s| {
+                s.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        peak.fetch_max(anonymous(), Ordering::Relaxed);
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                    }
+                });
+                let m = lora::merge(tmp.join("base"), tmp.join("adapter")).unwrap().onto(onto);
+                let m = if costs { m } else { m.without_costs() };
+                let report = m.save(tmp.join(format!("{name}{costs}"))).unwrap();
+                done.store(true, Ordering::Relaxed);
+                report
+            });
+            let peak = peak.into_inner();
+            println!(
+                "{onto}, costs {costs}: {:.2} s, {} bytes, anonymous peak {:.0} MB",
+                report.seconds,
+                report.bytes,
+                peak as f64 / 1e6
+            );
+            assert!(peak < 500_000_000, "{peak}");
+            if !costs {
+                std::fs::remove_dir_all(tmp.join(format!("{name}false"))).unwrap();
+            } else {
+                println!("{report}");
+            }
+        }
+    }
 }

@@ -1,0 +1,145 @@
+//! The arithmetic of a merge on blocks of rows: `ΔW = scaling * B A`, rounding, and what was lost.
+//!
+//! A block is computed by one thread from start to end and blocks are summed in order, so the bits do not depend on
+//! the number of threads.
+
+use candle_core::DType;
+use gemm::Parallelism;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
+use super::adapter::LoraPair;
+
+/// Writes rows `first..first + rows` of `scaling * B A` to `out`, row-major `[rows, in_features]`.
+pub(super) fn delta_rows(pair: &LoraPair, first: usize, rows: usize, out: &mut [f32]) {
+    let (r, n) = (pair.r, pair.in_features);
+    let b = &pair.b[first * r..(first + rows) * r];
+    assert!(out.len() == rows * n && pair.a.len() == r * n, "the caller sizes the block");
+    // SAFETY: out is [rows, n], b is [rows, r], a is [r, n], all row-major and of exactly these lengths (the slice and
+    // the assertion above), and out overlaps neither.
+    unsafe {
+        gemm::gemm(
+            rows,
+            n,
+            r,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            b.as_ptr(),
+            1,
+            r as isize,
+            pair.a.as_ptr(),
+            1,
+            n as isize,
+            0f32,
+            pair.scaling as f32,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+/// Rounds to the nearest value of `dtype` (ties to even), in place.
+pub(super) fn round_to(dtype: DType, values: &mut [f32]) {
+    match dtype {
+        DType::BF16 => {
+            for v in values {
+                let bits = v.to_bits();
+                let up = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+                // Adding to a NaN could make it an infinity.
+                *v = f32::from_bits(if v.is_nan() { bits } else { up });
+            }
+        }
+        DType::F16 => {
+            let mut bits = [0u16; 1024];
+            for values in values.chunks_mut(bits.len()) {
+                let half = bits[..values.len()].reinterpret_cast_mut::<half::f16>();
+                half.convert_from_f32_slice(values);
+                half.convert_to_f32_slice(values);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Values that [`round_to`] has rounded, as the bytes of `dtype`.
+pub(super) fn to_bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        DType::BF16 => values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect(),
+        DType::F16 => {
+            let mut bits = vec![0u16; values.len()];
+            bits.reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(values);
+            bytemuck::cast_slice(&bits).to_vec()
+        }
+        _ => bytemuck::cast_slice(values).to_vec(),
+    }
+}
+
+/// Sums over the elements of a block or a weight, in f64.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Sums {
+    /// Of the products of the two.
+    pub dot: f64,
+    /// Of the squares of their difference.
+    pub diff: f64,
+}
+
+impl std::ops::AddAssign for Sums {
+    fn add_assign(&mut self, o: Sums) {
+        self.dot += o.dot;
+        self.diff += o.diff;
+    }
+}
+
+/// Independent sums that the compiler can keep in one vector register.
+const LANES: usize = 16;
+
+/// Compares the change that a merge made with the change that was meant: for each element `e = result - base` and
+/// `d = delta`, the sums of `e d` and `(e - d)^2`.
+pub(super) fn compare(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
+    wide(|| {
+        let (mut dot, mut diff) = ([0f64; LANES], [0f64; LANES]);
+        let blocks = result.chunks(LANES).zip(base.chunks(LANES)).zip(delta.chunks(LANES));
+        for ((r, w), d) in blocks {
+            for i in 0..r.len().min(w.len()).min(d.len()) {
+                // In f64: f32 would add its own rounding to the one that is measured.
+                let (e, d) = (f64::from(r[i]) - f64::from(w[i]), f64::from(d[i]));
+                dot[i] += e * d;
+                diff[i] += (e - d) * (e - d);
+            }
+        }
+        Sums { dot: dot.iter().sum(), diff: diff.iter().sum() }
+    })
+}
+
+/// The sum of squares.
+pub(super) fn squares(values: &[f32]) -> f64 {
+    wide(|| {
+        let mut lanes = [0f64; LANES];
+        for block in values.chunks(LANES) {
+            for (lane, v) in lanes.iter_mut().zip(block) {
+                *lane += f64::from(*v) * f64::from(*v);
+            }
+        }
+        lanes.iter().sum()
+    })
+}
+
+/// Runs `f` compiled for wider vectors where the processor has them; the lanes are fixed, so the bits are the same.
+#[inline(always)]
+fn wide<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the feature.
+            return unsafe { avx2(f) };
+        }
+    }
+    f()
+}
