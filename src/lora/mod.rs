@@ -10,10 +10,12 @@ mod discover;
 mod merge;
 mod merge_report;
 mod merge_weight;
+mod module;
 
 pub use adapter::{Adapter, LoraPair};
 pub use adapter_config::AdapterConfig;
 pub use config::{LoraConfig, Targets};
+pub use discover::{Discovery, TargetGroup, TargetStatus, discover};
 pub use merge::{Merge, MergeOnto, merge};
 pub use merge_report::{LayerMerge, MergeBase, MergeCost, MergeReport, ModuleMerge};
-pub use discover::{Discovery, TargetGroup, TargetStatus, discover};
+pub use module::{FrozenLinear, LoraLinear, Nf4Linear};

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Linear, Module};
 use serde_json::{Value, json};
 use tunebook::lora::{
-    self, Adapter, AdapterConfig, LoraConfig, MergeBase, MergeCost, MergeReport, TargetStatus, Targets, discover,
+    self, Adapter, AdapterConfig, FrozenLinear, LoraConfig, LoraLinear, LoraPair, MergeBase, MergeCost, MergeReport, Nf4Linear, TargetStatus, Targets, discover,
 };
 use tunebook::model::{Base, Checkpoint, ModelSpec, SafetensorsWriter, TensorHeader, pt_metadata};
 use tunebook::nf4::{Nf4Config, Nf4Tensor};
@@ -614,6 +615,87 @@ fn an_adapter_that_changes_nothing_leaves_every_byte() {
     let q: Nf4Tensor = Base::from_dir(tmp.path().join("q")).unwrap().nf4(name).unwrap().unwrap();
     let w = Checkpoint::open(&base).unwrap().read_tensor(&format!("{name}.weight")).unwrap();
     assert_eq!(q, tunebook::nf4::quantize(&w, Nf4Config::default()).unwrap());
+}
+
+/// A random f32 tensor with a fixed seed per call site.
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    use rand::{Rng, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let n: usize = shape.iter().product();
+    let v: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(v, shape, &Device::Cpu).unwrap()
+}
+
+fn close(a: &Tensor, b: &Tensor, what: &str) {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let flat = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (i, (a, b)) in flat(a).into_iter().zip(flat(b)).enumerate() {
+        assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{what}[{i}]: {a} {b}");
+    }
+}
+
+#[test]
+fn nf4_and_lora_linears_have_the_gradients_of_dense_ones() {
+    let (r, i, o) = (4, 96, 40);
+    let w = random(&[o, i], 1);
+    let q = tunebook::nf4::quantize(&w, Nf4Config::default()).unwrap();
+    let dense = q.dequantize().unwrap();
+    let layer = Nf4Linear::new(q, None).unwrap();
+    assert_eq!((layer.in_features(), layer.out_features()), (i, o));
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let pair = LoraPair {
+        a: flat(&random(&[r, i], 2)),
+        b: flat(&random(&[o, r], 3)),
+        r,
+        in_features: i,
+        out_features: o,
+        scaling: 0.5,
+    };
+    for shape in [vec![7, i], vec![2, 3, i], vec![1, 2, 3, i]] {
+        let x = Var::from_tensor(&random(&shape, 4)).unwrap();
+        let weight = random(&[shape[..shape.len() - 1].to_vec(), vec![o]].concat(), 5);
+        let loss = |y: &Tensor| (y.sqr().unwrap() * &weight).unwrap().sum_all().unwrap();
+        // The 4-bit layer alone.
+        let (ours, want) = (layer.forward(&x).unwrap(), Linear::new(dense.clone(), None).forward(&x).unwrap());
+        close(&ours, &want, "y");
+        let (g, h) = (loss(&ours).backward().unwrap(), loss(&want).backward().unwrap());
+        close(g.get(&x).unwrap(), h.get(&x).unwrap(), "dx");
+        // With a pair, on either base: y = x (W + s B A)^T.
+        let (a, b) = (
+            Var::from_tensor(&random(&[r, i], 2)).unwrap(),
+            Var::from_tensor(&random(&[o, r], 3)).unwrap(),
+        );
+        let merged = (&dense + (b.matmul(&a).unwrap() * 0.5).unwrap()).unwrap();
+        let want = Linear::new(merged, None).forward(&x).unwrap();
+        let h = loss(&want).backward().unwrap();
+        for base in [FrozenLinear::Nf4(layer.clone()), FrozenLinear::Dense(Linear::new(dense.clone(), None))] {
+            let l = LoraLinear::new(base, pair.clone()).unwrap();
+            let y = l.forward(&x).unwrap();
+            close(&y, &want, "lora y");
+            let g = loss(&y).backward().unwrap();
+            close(g.get(&x).unwrap(), h.get(&x).unwrap(), "lora dx");
+            close(g.get(&l.vars()[0]).unwrap(), h.get(&a).unwrap(), "dA");
+            close(g.get(&l.vars()[1]).unwrap(), h.get(&b).unwrap(), "dB");
+            assert_eq!(l.pair().unwrap(), pair);
+            // Dropout with probability 0 is no dropout; with 0.5 it changes the pair's part only.
+            close(&l.forward_train(&x, 0.0).unwrap(), &want, "no dropout");
+            let dropped = l.forward_train(&x, 0.5).unwrap();
+            assert_ne!(flat(&dropped), flat(&want));
+        }
+    }
+    // Another dtype goes in and comes out.
+    let x = random(&[3, i], 6).to_dtype(DType::BF16).unwrap();
+    assert_eq!(layer.forward(&x).unwrap().dtype(), DType::BF16);
+    assert!(layer.forward(&random(&[3, i + 1], 6)).is_err());
+    let bias = random(&[o], 7);
+    let q = layer.weight().clone();
+    let with = Nf4Linear::new(q.clone(), Some(bias.clone())).unwrap();
+    let x = random(&[3, i], 6);
+    close(&with.forward(&x).unwrap(), &layer.forward(&x).unwrap().broadcast_add(&bias).unwrap(), "bias");
+    assert!(Nf4Linear::new(q.clone(), Some(random(&[o + 1], 7))).is_err());
+    assert!(Nf4Linear::new(Nf4Tensor { shape: vec![o * i], ..q }, None).is_err());
+    let wrong = LoraPair { out_features: o + 1, ..pair };
+    assert!(LoraLinear::new(FrozenLinear::Nf4(layer), wrong).is_err());
 }
 
 /// Anonymous memory of this process in bytes.
