@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use crate::{Error, Result};
 
@@ -17,12 +18,23 @@ pub(super) struct Hold {
     dir: PathBuf,
     generation: u64,
     // The lock lasts as long as any opening of this process holds the file.
-    _file: Arc<File>,
+    _lock: Arc<Lock>,
+}
+
+/// The locked file.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    /// Closing is not enough: a child that another thread is just starting shares the file until it executes.
+    fn drop(&mut self) {
+        _ = self.0.unlock();
+    }
 }
 
 struct Held {
     generation: u64,
-    file: std::sync::Weak<File>,
+    lock: Weak<Lock>,
 }
 
 static HELD: LazyLock<Mutex<HashMap<PathBuf, Held>>> = LazyLock::new(Mutex::default);
@@ -34,12 +46,12 @@ impl Hold {
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
         let before = held.get(&dir);
         let generation = before.map_or(0, |h| h.generation) + 1;
-        let file = match before.and_then(|h| h.file.upgrade()) {
-            Some(file) => file,
-            None => Arc::new(lock(&dir)?),
+        let lock = match before.and_then(|h| h.lock.upgrade()) {
+            Some(lock) => lock,
+            None => Arc::new(Lock(lock_file(&dir)?)),
         };
-        held.insert(dir.clone(), Held { generation, file: Arc::downgrade(&file) });
-        Ok(Hold { dir, generation, _file: file })
+        held.insert(dir.clone(), Held { generation, lock: Arc::downgrade(&lock) });
+        Ok(Hold { dir, generation, _lock: lock })
     }
 
     /// An error if the directory was opened again since.
@@ -56,7 +68,7 @@ impl Hold {
     }
 }
 
-fn lock(dir: &Path) -> Result<File> {
+fn lock_file(dir: &Path) -> Result<File> {
     let path = dir.join("run.lock");
     let file = OpenOptions::new()
         .create(true)
@@ -64,15 +76,25 @@ fn lock(dir: &Path) -> Result<File> {
         .write(true)
         .open(&path)
         .map_err(|e| Error::io("open the run's lock", &path, e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::new("another process has this run open")
-            .at_path(dir)
-            .expected("one process for each run directory")
-            .found("a lock held by another process")
-            .next("stop that process (or restart that notebook's kernel), then try again")),
-        // A file system without locks: the reader has to look after that.
-        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(file),
-        Err(TryLockError::Error(e)) => Err(Error::io("lock the run directory", &path, e)),
+    // A process that was just killed may still be giving back its memory.
+    let mut patience = 50;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if patience > 0 => {
+                patience -= 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::new("another process has this run open")
+                    .at_path(dir)
+                    .expected("one process for each run directory")
+                    .found("a lock held by another process")
+                    .next("stop that process (or restart that notebook's kernel), then try again"));
+            }
+            // A file system without locks: the reader has to look after that.
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => return Ok(file),
+            Err(TryLockError::Error(e)) => return Err(Error::io("lock the run directory", &path, e)),
+        }
     }
 }
