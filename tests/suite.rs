@@ -34,3 +34,5 @@ mod train_config;
 mod stories;
 #[path = "suite/trajectory.rs"]
 mod trajectory;
+#[path = "suite/plan.rs"]
+mod plan;

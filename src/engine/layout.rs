@@ -13,6 +13,9 @@ use crate::plan::{Lifetime, Method, Phase, PlanConfig, Region, Space, Stage};
 /// A paged optimizer keeps tensors of at least this many elements on the host (bitsandbytes `optimizer.py`).
 pub const MIN_PAGED_SIZE: usize = 100_000;
 
+/// Bytes that cuBLASLt gets for its workspace on a GPU: what NVIDIA recommends for Hopper.
+const MATMUL_WORKSPACE: usize = 32 << 20;
+
 /// One tensor that the optimizer updates.
 #[derive(Clone, Debug)]
 pub struct Trainable {
@@ -160,6 +163,10 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
         layers.push(LayerIds { input_norm, post_norm, linears });
     }
     let norm = b.dense("model.norm.weight", &[c], false);
+    if cfg.compute_dtype == DType::BF16 {
+        let workspace = &[MATMUL_WORKSPACE];
+        b.regions.persistent("matrix-product workspace", Stage::Scratch, DType::U8, workspace);
+    }
     let lm_head = if spec.tie_word_embeddings { embedding } else { b.dense("lm_head.weight", &[v, c], true) };
     let r = &mut b.regions;
     let inv_freq = r.persistent("rotary frequencies", Stage::Batch, DType::F32, &[spec.head_dim / 2]);
@@ -270,7 +277,7 @@ impl Builder<'_> {
         let dtype = if pure { DType::BF16 } else { DType::F32 };
         let grad = self.regions.persistent(name, Stage::Gradients, dtype, shape);
         let optim = self.cfg.optim;
-        let paged = optim.is_paged() && n >= MIN_PAGED_SIZE;
+        let paged = optim.is_paged() && !self.cfg.resident_state && n >= MIN_PAGED_SIZE;
         let r = &mut self.regions;
         let mut state = |part: &str, dtype: DType, shape: &[usize]| {
             let name = format!("{name} {part}");

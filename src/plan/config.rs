@@ -89,6 +89,8 @@ pub struct PlanConfig {
     pub lora: Option<LoraConfig>,
     /// The optimizer.
     pub optim: Optim,
+    /// A paged optimizer keeps its state on the device all the same, because there is room.
+    pub resident_state: bool,
     /// Sequences per micro-batch.
     pub micro_batch_size: usize,
     /// Tokens per sequence; the capacity is `micro_batch_size * max_seq_length` tokens in any lengths.

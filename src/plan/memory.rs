@@ -366,6 +366,7 @@ impl PlanBuilder {
             quantization,
             lora,
             optim: Optim::AdamW,
+            resident_state: false,
             micro_batch_size: 1,
             max_seq_length: 512.min(spec.max_position_embeddings),
             checkpointing: Checkpointing::All,
@@ -435,6 +436,12 @@ impl PlanBuilder {
     /// The optimizer.
     pub fn optim(mut self, optim: Optim) -> Self {
         self.config.optim = optim;
+        self
+    }
+
+    /// Keeps the state of a paged optimizer on the device.
+    pub fn resident_state(mut self, on: bool) -> Self {
+        self.config.resident_state = on;
         self
     }
 

@@ -6,6 +6,7 @@
 
 mod config;
 pub mod estimate;
+mod fit;
 pub mod gpu;
 mod memory;
 mod pack;
@@ -14,6 +15,7 @@ mod scratch;
 
 pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
 pub use gpu::Gpu;
+pub use fit::{Change, Fit, Fitted};
 pub use config::{Checkpointing, Method, PlanConfig};
 pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};
 pub use pack::ALIGNMENT;

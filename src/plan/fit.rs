@@ -1,0 +1,253 @@
+//! A plan against a card: does it fit, what would make it fit, and which plan uses the card best.
+
+use super::{Checkpointing, Gpu, MemoryPlan, PlanBuilder, PlanConfig};
+use crate::train::Optim;
+use crate::{Error, Result};
+
+/// A plan on a card.
+#[derive(Clone, Debug)]
+pub struct Fit {
+    /// The card.
+    pub gpu: Gpu,
+    /// Bytes of the plan's arena.
+    pub arena_bytes: u64,
+    /// Bytes that the whole process needs: the arena and what the card's runtime holds beside it.
+    pub needed_bytes: u64,
+    /// Changes that make it fit, the cheapest first, at most three; empty when it fits.
+    pub changes: Vec<Change>,
+    /// The smallest that this model and method can be made, with every change at once and one sequence, when that does not
+    /// fit either: bytes of the whole process.
+    pub smallest_bytes: Option<u64>,
+}
+
+/// One way to need less.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// What to change, in the words of the plan's builder.
+    pub what: String,
+    /// What it costs.
+    pub cost: String,
+    /// Bytes of the whole process with it.
+    pub needed_bytes: u64,
+    /// The configuration with it: [`MemoryPlan::new`] builds the plan.
+    pub config: PlanConfig,
+}
+
+/// A plan chosen for a card, and why.
+#[derive(Clone)]
+pub struct Fitted {
+    /// The plan.
+    pub plan: MemoryPlan,
+    /// The card.
+    pub gpu: Gpu,
+    /// What was chosen and why, one sentence for each choice.
+    pub reasons: Vec<String>,
+}
+
+impl Fit {
+    /// Whether it fits.
+    pub fn fits(&self) -> bool {
+        self.needed_bytes <= self.gpu.total_bytes
+    }
+
+    /// Bytes that are left on the card; negative when they are missing.
+    pub fn margin_bytes(&self) -> i64 {
+        self.gpu.total_bytes as i64 - self.needed_bytes as i64
+    }
+}
+
+impl MemoryPlan {
+    /// Whether the plan fits on a card, with the margin and, when it does not fit, the three cheapest changes.
+    ///
+    /// # Errors
+    /// None for a plan that was built; it returns what building a changed plan returns.
+    pub fn fits(&self, gpu: Gpu) -> Result<Fit> {
+        let mut fit = self.on(gpu);
+        if !fit.fits() {
+            fit.changes = self.changes(&fit.gpu)?;
+            if fit.changes.is_empty() {
+                let smallest = smallest(self.config());
+                fit.smallest_bytes = Some(self.with(smallest)?.arena_bytes() + fit.gpu.context_bytes);
+            }
+        }
+        Ok(fit)
+    }
+
+    /// The plan on every known card, by memory; without suggestions.
+    pub fn on_known_gpus(&self) -> Vec<Fit> {
+        Gpu::presets().into_iter().map(|gpu| self.on(gpu)).collect()
+    }
+
+    fn on(&self, gpu: Gpu) -> Fit {
+        let needed_bytes = self.arena_bytes() + gpu.context_bytes;
+        Fit { gpu, arena_bytes: self.arena_bytes(), needed_bytes, changes: Vec::new(), smallest_bytes: None }
+    }
+
+    fn with(&self, config: PlanConfig) -> Result<MemoryPlan> {
+        MemoryPlan::new(self.spec(), config)
+    }
+
+    /// The changes that fit, cheapest first: each alone, or all in order until they fit together.
+    fn changes(&self, gpu: &Gpu) -> Result<Vec<Change>> {
+        let (mut alone, mut together) = (Vec::new(), None);
+        let mut all = self.config().clone();
+        let mut said: Vec<String> = Vec::new();
+        for (what, cost, apply) in candidates(self, gpu) {
+            let mut config = self.config().clone();
+            apply(&mut config);
+            if config == *self.config() {
+                continue;
+            }
+            let needed_bytes = self.with(config.clone())?.arena_bytes() + gpu.context_bytes;
+            if needed_bytes <= gpu.total_bytes {
+                alone.push(Change { what: what.clone(), cost, needed_bytes, config });
+            }
+            if together.is_none() {
+                apply(&mut all);
+                said.push(what);
+                let needed_bytes = self.with(all.clone())?.arena_bytes() + gpu.context_bytes;
+                if needed_bytes <= gpu.total_bytes && said.len() > 1 {
+                    let cost = "the costs of each".into();
+                    together = Some(Change { what: said.join(" and "), cost, needed_bytes, config: all.clone() });
+                }
+            }
+        }
+        if alone.is_empty() {
+            alone.extend(together);
+        }
+        alone.truncate(3);
+        Ok(alone)
+    }
+}
+
+type Candidate = (String, String, Box<dyn Fn(&mut PlanConfig)>);
+
+/// Changes in the order of what they cost.
+fn candidates(plan: &MemoryPlan, gpu: &Gpu) -> Vec<Candidate> {
+    let (config, layers) = (plan.config(), plan.spec().num_hidden_layers);
+    let mut out: Vec<Candidate> = Vec::new();
+    let mut add = |what: &str, cost: &str, apply: Box<dyn Fn(&mut PlanConfig)>| {
+        out.push((what.into(), cost.into(), apply));
+    };
+    if config.quantization.is_some() {
+        let nested: fn(&mut PlanConfig) = |c| c.quantization.iter_mut().for_each(|q| q.double_quant = true);
+        add(".double_quant(true)", "no measurable loss of quality", Box::new(nested));
+    }
+    add(".ce_chunk(256)", "nothing worth measuring", Box::new(|c| c.ce_chunk = c.ce_chunk.min(256)));
+    let trains = plan.trainable_params() > 0;
+    if trains {
+        if config.optim == Optim::AdamW && !config.method.is_full() || config.optim == Optim::AdamW8bit {
+            let page = |c: &mut PlanConfig| (c.optim, c.resident_state) = (Optim::PagedAdamW8bit, false);
+            add(".optim(Optim::PagedAdamW8bit)", "8-bit moments, a transfer in each step", Box::new(page));
+        } else if config.optim == Optim::AdamW {
+            add(".optim(Optim::AdamW8bit)", "8-bit moments", Box::new(|c| c.optim = Optim::AdamW8bit));
+        }
+        let n = fewest_recomputed(plan, config, gpu);
+        let recompute = move |c: &mut PlanConfig| {
+            let more = n.max(c.checkpointing.recomputed(layers));
+            c.checkpointing = if more == layers { Checkpointing::All } else { Checkpointing::Layers(more) };
+        };
+        let what = if n == layers { "Checkpointing::All".into() } else { format!("Checkpointing::Layers({n})") };
+        let cost = format!("{n} of {layers} layers computed twice: about {:.0} % more time", 100.0 * n as f64 / layers as f64 / 3.0);
+        add(&format!(".checkpointing({what})"), &cost, Box::new(recompute));
+    }
+    let mut batch = config.micro_batch_size / 2;
+    while batch >= 1 {
+        let times = config.micro_batch_size / batch;
+        let cost = format!("{times} times the gradient_accumulation_steps for the same effective batch");
+        add(&format!(".batch({batch})"), &cost, Box::new(move |c| c.micro_batch_size = batch));
+        batch /= 2;
+    }
+    if config.method == super::Method::Lora {
+        let quantize = |c: &mut PlanConfig| {
+            (c.method, c.quantization) = (super::Method::Qlora, Some(crate::nf4::Nf4Config::default()));
+        };
+        add("MemoryPlan::qlora", "weights in 4 bits: some quality, 10-20 % more time", Box::new(quantize));
+    }
+    let half = config.max_seq_length / 2;
+    if half >= 128 {
+        let cost = "longer examples are cut";
+        add(&format!(".seq({half})"), cost, Box::new(move |c| c.max_seq_length = half));
+    }
+    out
+}
+
+/// The fewest recomputed layers that fit, all when none do.
+fn fewest_recomputed(plan: &MemoryPlan, config: &PlanConfig, gpu: &Gpu) -> usize {
+    let layers = plan.spec().num_hidden_layers;
+    let fits = |n: usize| {
+        let config = PlanConfig { checkpointing: layers_recomputed(n, layers), ..config.clone() };
+        plan.with(config).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes)
+    };
+    // More recomputed layers never need more: bisect.
+    let (mut low, mut high) = (0, layers);
+    while low < high {
+        let middle = (low + high) / 2;
+        if fits(middle) { high = middle } else { low = middle + 1 }
+    }
+    low
+}
+
+fn layers_recomputed(n: usize, layers: usize) -> Checkpointing {
+    match n {
+        0 => Checkpointing::None,
+        n if n == layers => Checkpointing::All,
+        n => Checkpointing::Layers(n),
+    }
+}
+
+/// One sequence, everything recomputed and paged.
+fn smallest(config: &PlanConfig) -> PlanConfig {
+    let mut c = config.clone();
+    c.micro_batch_size = 1;
+    c.checkpointing = Checkpointing::All;
+    c.ce_chunk = c.ce_chunk.min(256);
+    (c.optim, c.resident_state) = (Optim::PagedAdamW8bit, false);
+    if let Some(q) = &mut c.quantization {
+        q.double_quant = true;
+    }
+    c
+}
+
+impl PlanBuilder {
+    /// The plan that uses a card best: the fewest recomputed layers, then the largest micro-batch up to the one asked for,
+    /// then optimizer state on the card rather than on the host. Spare memory is spent on speed.
+    ///
+    /// # Errors
+    /// Nothing fits: the error says how much the smallest plan needs.
+    pub fn fit(self, gpu: Gpu) -> Result<Fitted> {
+        let asked = self.clone().build()?;
+        let (config, layers) = (asked.config().clone(), asked.spec().num_hidden_layers);
+        let fits = |c: &PlanConfig| asked.with(c.clone()).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes);
+        let mut best = PlanConfig { micro_batch_size: 1, resident_state: false, ..config.clone() };
+        let n = fewest_recomputed(&asked, &best, &gpu);
+        best.checkpointing = layers_recomputed(n, layers);
+        if !fits(&best) {
+            let needed = asked.with(smallest(&best))?.arena_bytes() + gpu.context_bytes;
+            return Err(Error::new("no plan for this model fits on this card")
+                .at(gpu.name.clone())
+                .expected(format!("at most {} bytes", gpu.total_bytes))
+                .found(format!("{needed} bytes for one sequence with every layer recomputed"))
+                .next("shorter sequences, a smaller r, a smaller model, or a 4-bit base"));
+        }
+        let mut reasons = vec![format!("{n} of {layers} layers are recomputed: fewer do not fit")];
+        if n == 0 {
+            reasons[0] = "no layer is recomputed: there is room for all activations".into();
+        }
+        let batch = (1..=config.micro_batch_size).rev().find(|&b| fits(&PlanConfig { micro_batch_size: b, ..best.clone() }));
+        best.micro_batch_size = batch.unwrap_or(1);
+        reasons.push(if best.micro_batch_size == config.micro_batch_size {
+            format!("the micro-batch is {}, as asked", best.micro_batch_size)
+        } else {
+            let of = config.micro_batch_size;
+            format!("the micro-batch is {} of the {of} asked for: accumulate gradients for the rest", best.micro_batch_size)
+        });
+        if config.optim.is_paged() {
+            best.resident_state = true;
+            best.resident_state = fits(&best);
+            let place = if best.resident_state { "stays on the card: there is room" } else { "is paged through a window" };
+            reasons.push(format!("optimizer state {place}"));
+        }
+        Ok(Fitted { plan: asked.with(best)?, gpu, reasons })
+    }
+}

@@ -1,0 +1,107 @@
+//! The plan: sizes known by hand, and what it proposes for a card.
+
+use tunebook::model::ModelSpec;
+use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, Stage};
+use tunebook::train::Optim;
+
+fn mistral() -> ModelSpec {
+    ModelSpec::preset("mistral-7b-v0.1").unwrap()
+}
+
+fn stage(plan: &MemoryPlan, stage: Stage) -> u64 {
+    plan.table().iter().find(|r| r.stage == Some(stage)).map_or(0, |r| r.device)
+}
+
+#[test]
+fn persistent_bytes_of_mistral_are_those_of_the_formulae() {
+    let plan = MemoryPlan::qlora(&mistral()).r(64).batch(4).seq(512).build().unwrap();
+    assert_eq!(plan.trainable_params(), 167_772_160);
+    assert_eq!(plan.total_params(), 7_241_732_096 + 167_772_160);
+    // 4-bit linears with nested scales, bf16 embedding, lm_head and norms; 4 bytes for each nested offset come with the
+    // alignment of 256.
+    let linear = 6_979_321_856u64;
+    let exact = linear / 2 + linear / 64 + linear / 64 / 256 * 4 + 2 * (7_241_732_096 - linear);
+    let weights = stage(&plan, Stage::Weights);
+    assert!(weights >= exact && weights < exact + 224 * 512, "{weights} {exact}");
+    assert_eq!(stage(&plan, Stage::Adapters), 4 * 167_772_160);
+    assert_eq!(stage(&plan, Stage::Gradients), 4 * 167_772_160);
+    assert_eq!(stage(&plan, Stage::OptimizerState), 8 * 167_772_160);
+    assert_eq!(stage(&plan, Stage::Checkpoints), 32 * 2048 * 4096 * 2);
+    let paged = MemoryPlan::qlora(&mistral()).r(64).optim(Optim::PagedAdamW8bit).build().unwrap();
+    assert_eq!(paged.host_bytes(), 2 * 163_577_856);
+}
+
+#[test]
+fn full_fine_tuning_of_the_article() {
+    let pure = MemoryPlan::full(&mistral()).pure_bf16().seq(128).build().unwrap();
+    let state: u64 = [Stage::Weights, Stage::Gradients, Stage::OptimizerState].iter().map(|&s| stage(&pure, s)).sum();
+    assert_eq!(state, 8 * 7_241_732_096);
+    let mixed = MemoryPlan::full(&mistral()).seq(128).build().unwrap();
+    assert_eq!(stage(&mixed, Stage::MasterWeights), 4 * 7_241_732_096);
+}
+
+#[test]
+fn the_table_adds_up_and_phases_share_space() {
+    for checkpointing in [Checkpointing::All, Checkpointing::None, Checkpointing::Layers(10)] {
+        let plan = MemoryPlan::qlora(&mistral()).batch(2).seq(256).checkpointing(checkpointing).build().unwrap();
+        let rows = plan.table();
+        assert_eq!(rows.iter().map(|r| r.device).sum::<u64>(), plan.arena_bytes());
+        let spare = rows.iter().find(|r| r.stage.is_none()).map_or(0, |r| r.device);
+        assert!(spare * 100 < plan.phase_space() * 3, "{spare} of {} unused", plan.phase_space());
+        let largest = [Phase::MicroStep, Phase::Evaluate, Phase::Generate].map(|p| plan.phase_bytes(p)).into_iter().max();
+        assert_eq!(plan.phase_space(), largest.unwrap());
+    }
+}
+
+#[test]
+fn recomputing_more_needs_less() {
+    let bytes = |n| {
+        MemoryPlan::qlora(&mistral()).batch(4).seq(512).checkpointing(Checkpointing::Layers(n)).build().unwrap().arena_bytes()
+    };
+    let all: Vec<u64> = (0..=32).step_by(4).map(bytes).collect();
+    assert!(all.windows(2).all(|w| w[1] <= w[0]), "{all:?}");
+}
+
+#[test]
+fn what_does_not_fit_gets_changes_that_do() {
+    let spec = mistral();
+    let plan = MemoryPlan::qlora(&spec).r(64).batch(8).seq(2048).checkpointing(Checkpointing::None).build().unwrap();
+    let fit = plan.fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
+    assert!(!fit.fits() && fit.margin_bytes() < 0);
+    assert!(!fit.changes.is_empty() && fit.changes.len() <= 3, "{fit:?}");
+    for change in &fit.changes {
+        let changed = MemoryPlan::new(&spec, change.config.clone()).unwrap().fits(fit.gpu.clone()).unwrap();
+        assert!(changed.fits(), "{}", change.what);
+        assert_eq!(changed.needed_bytes, change.needed_bytes);
+    }
+    let hopeless = MemoryPlan::full(&spec).build().unwrap().fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
+    assert!(hopeless.changes.is_empty() && hopeless.smallest_bytes.unwrap() > hopeless.gpu.total_bytes);
+}
+
+#[test]
+fn fit_spends_the_card_on_speed() {
+    let card = |name| Gpu::preset(name).unwrap();
+    let spec = mistral();
+    let builder = || MemoryPlan::qlora(&spec).r(64).batch(8).seq(512).optim(Optim::PagedAdamW8bit);
+    let big = builder().fit(card("h200")).unwrap();
+    assert_eq!(big.plan.config().checkpointing, Checkpointing::None);
+    assert_eq!(big.plan.config().micro_batch_size, 8);
+    assert!(big.plan.config().resident_state && big.plan.host_bytes() == 0);
+    let small = builder().fit(card("rtx-4060")).unwrap();
+    assert!(small.plan.fits(card("rtx-4060")).unwrap().fits(), "{:?}", small.reasons);
+    let e = builder().fit(card("rtx-2060")).map(|f| f.plan.arena_bytes());
+    if let Err(e) = e {
+        assert!(e.to_string().contains("no plan for this model fits"), "{e}");
+    }
+    let e = MemoryPlan::full(&spec).fit(card("rtx-4090")).map(|_| ()).unwrap_err();
+    assert!(e.to_string().contains("no plan for this model fits"), "{e}");
+}
+
+#[test]
+fn a_plan_from_its_saved_configuration_is_the_same() {
+    let plan = MemoryPlan::qlora(&mistral()).r(8).targets("q_proj,v_proj").double_quant(false).build().unwrap();
+    let text = serde_json::to_string(plan.config()).unwrap();
+    let again = MemoryPlan::new(&mistral(), serde_json::from_str(&text).unwrap()).unwrap();
+    assert_eq!(plan.arena_bytes(), again.arena_bytes());
+    assert_eq!(plan.regions(), again.regions());
+}
