@@ -9,6 +9,8 @@ pub(crate) mod bnb_write;
 mod checkpoint;
 mod config;
 mod header;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub(crate) mod outdir;
 mod presets;
 mod rope;

@@ -107,7 +107,7 @@ fn refuse_occupied(target: &Path) -> Result<()> {
     Ok(())
 }
 
-fn is_side_file(name: &str) -> bool {
+pub(super) fn is_side_file(name: &str) -> bool {
     let starts = [
         "generation_config.json",
         "tokenizer",

@@ -609,3 +609,155 @@ fn four_bit_checkpoints_are_written_as_bitsandbytes_does() {
         assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 1, "nothing is left beside");
     }
 }
+
+#[test]
+fn no_change_of_a_header_makes_it_panic_or_read_outside() {
+    use rand::{Rng, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+    let good = std::fs::read(golden("tiny/tiny-mistral/bnb_nf4_dq/model.safetensors")).unwrap();
+    let config = std::fs::read(golden("tiny/tiny-mistral/bnb_nf4_dq/config.json")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (mut opened, mut refused) = (0, 0);
+    for round in 0..600 {
+        let (mut file, mut json) = (good.clone(), config.clone());
+        for _ in 0..rng.random_range(1..4) {
+            // Digits and quotes do more harm than noise.
+            let byte = if rng.random() { rng.random() } else { b"0129-\"[]{}:,e"[rng.random_range(0..13)] };
+            if round % 2 == 0 {
+                let at = rng.random_range(0..10_184);
+                file[at] = byte;
+            } else {
+                let at = rng.random_range(0..json.len());
+                json[at] = byte;
+            }
+        }
+        std::fs::write(dir.path().join("model.safetensors"), &file).unwrap();
+        std::fs::write(dir.path().join("config.json"), &json).unwrap();
+        match Base::from_dir(dir.path()) {
+            Ok(base) => {
+                opened += 1;
+                for m in base.spec().linears() {
+                    let _ = base.nf4(&m.name);
+                }
+                for n in base.checkpoint().names() {
+                    let _ = base.checkpoint().read_f32(&n);
+                }
+            }
+            Err(e) => {
+                refused += 1;
+                assert!(!e.to_string().is_empty());
+            }
+        }
+    }
+    // Both happen: a changed name in __metadata__ is harmless, a changed digit is not.
+    assert!(opened > 10 && refused > 100, "{opened} {refused}");
+}
+
+/// A hub on 127.0.0.1 with one repository; answers `requests` requests and records their paths.
+#[cfg(feature = "hub")]
+fn tiny_hub(files: Vec<(&'static str, Vec<u8>)>) -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let log = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = log.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let (mut path, mut start, mut one) = (String::new(), 0usize, false);
+            for line in BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok) {
+                if let Some(rest) = line.strip_prefix("GET ") {
+                    path = rest.split(' ').next().unwrap().to_string();
+                } else if let Some(range) = line.to_lowercase().strip_prefix("range: bytes=") {
+                    one = range == "0-0";
+                    start = range.split('-').next().unwrap().parse().unwrap();
+                } else if line.is_empty() {
+                    break;
+                }
+            }
+            seen.lock().unwrap().push(path.clone());
+            let (status, extra, body) = if path.starts_with("/api/models/owner/tiny/revision/") {
+                let siblings: Vec<Value> = files.iter().map(|(n, _)| json!({ "rfilename": n })).collect();
+                ("200 OK", String::new(), json!({"siblings": siblings, "sha": "abc123"}).to_string().into_bytes())
+            } else if let Some((i, (_, bytes))) = path
+                .strip_prefix("/owner/tiny/resolve/")
+                .and_then(|p| p.split_once('/'))
+                .and_then(|(_, name)| files.iter().enumerate().find(|(_, f)| f.0 == name))
+            {
+                let end = if one { 1 } else { bytes.len() };
+                let extra = format!(
+                    "etag: \"e{i}\"\r\nx-repo-commit: abc123\r\ncontent-range: bytes {start}-{}/{}\r\n",
+                    end.max(1) - 1,
+                    bytes.len()
+                );
+                ("206 Partial Content", extra, bytes[start.min(end)..end].to_vec())
+            } else if path.contains("gated") {
+                ("401 Unauthorized", String::new(), Vec::new())
+            } else {
+                ("404 Not Found", String::new(), Vec::new())
+            };
+            let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{extra}\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
+        }
+    });
+    (address, log)
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn models_are_downloaded_from_a_hub() {
+    use tunebook::model::hub::Hub;
+    let read = |f: &str| std::fs::read(golden(&format!("tiny/tiny-mistral/base/{f}"))).unwrap();
+    let (address, log) = tiny_hub(vec![
+        ("config.json", read("config.json")),
+        ("generation_config.json", read("generation_config.json")),
+        ("model.safetensors", read("model.safetensors")),
+        ("tokenizer.json", b"{}".to_vec()),
+        ("consolidated.safetensors", b"not wanted".to_vec()),
+        ("pytorch_model.bin", b"not wanted".to_vec()),
+        ("onnx/model.safetensors", b"not wanted".to_vec()),
+    ]);
+    let tmp = tempfile::tempdir().unwrap();
+    let hub = Hub { endpoint: address.clone(), cache_dir: tmp.path().join("hub"), token: Some("secret".into()) };
+    assert!(!format!("{hub:?}").contains("secret"));
+    assert_eq!(hub.spec("owner/tiny", None).unwrap().hidden_size, 64);
+    let dir = hub.download("owner/tiny", None).unwrap();
+    let base = Base::from_dir(&dir).unwrap();
+    assert_eq!(base.checkpoint().read_bytes("model.norm.weight").unwrap().len(), 256);
+    assert!(dir.join("tokenizer.json").exists() && dir.join("generation_config.json").exists());
+    let paths = log.lock().unwrap().join("\n");
+    assert!(!paths.contains("consolidated") && !paths.contains(".bin") && !paths.contains("onnx"), "{paths}");
+    // The second time only the list is asked for.
+    let before = log.lock().unwrap().len();
+    assert_eq!(hub.download("owner/tiny", Some("main")).unwrap(), dir);
+    assert_eq!(log.lock().unwrap().len(), before + 1);
+    // Without a network, what is there is found, and what is not says so.
+    let offline = Hub { endpoint: "http://127.0.0.1:9".into(), ..hub.clone() };
+    assert_eq!(offline.download("owner/tiny", None).unwrap(), dir);
+    let e = offline.download("owner/other", None).unwrap_err().to_string();
+    assert!(e.contains("check the network") && e.contains("127.0.0.1:9"), "{e}");
+    let e = hub.download("owner/missing", None).unwrap_err().to_string();
+    assert!(e.contains("404") && e.contains("spelling"), "{e}");
+    let e = hub.download("owner/gated", None).unwrap_err().to_string();
+    assert!(e.contains("401") && e.contains("HF_TOKEN"), "{e}");
+    for id in ["", "a/b/c", "../etc", "owner/..", "/x", "owner/na me", "a/b?x"] {
+        assert!(hub.download(id, None).unwrap_err().to_string().contains("cannot be a model"), "{id}");
+    }
+    assert!(hub.download("owner/tiny", Some("../x")).is_err());
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn a_damaged_download_does_not_stay_in_the_cache() {
+    use tunebook::model::hub::Hub;
+    let config = std::fs::read(golden("tiny/tiny-mistral/base/config.json")).unwrap();
+    let (address, _) = tiny_hub(vec![("config.json", config), ("model.safetensors", b"<html>".to_vec())]);
+    let tmp = tempfile::tempdir().unwrap();
+    let hub = Hub { endpoint: address, cache_dir: tmp.path().join("hub"), token: None };
+    let e = hub.download("owner/tiny", None).unwrap_err().to_string();
+    assert!(e.contains("removed from the cache"), "{e}");
+    assert!(!tmp.path().join("hub/models--owner--tiny/snapshots/abc123/model.safetensors").exists());
+    let (address, _) = tiny_hub(vec![("model.gguf", b"x".to_vec())]);
+    let e = Hub { endpoint: address, ..hub }.download("owner/tiny", None).unwrap_err().to_string();
+    assert!(e.contains("no safetensors") && e.contains("model.gguf"), "{e}");
+}
