@@ -106,7 +106,7 @@ fn parse(name: &str, json: &str) -> Result<ModelSpec> {
         eos_token_id: token_ids(&f, "eos_token_id")?,
         pad_token_id: pad(&f)?,
     };
-    if spec.num_attention_heads % spec.num_key_value_heads != 0 {
+    if !spec.num_attention_heads.is_multiple_of(spec.num_key_value_heads) {
         return Err(Error::new("query heads cannot be shared among key and value heads")
             .at("num_key_value_heads")
             .expected(format!("a divisor of num_attention_heads = {}", spec.num_attention_heads))
@@ -185,7 +185,7 @@ fn refuse_variants(f: &Fields<'_>) -> Result<()> {
 fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize> {
     let derived = hidden_size / heads;
     let given = f.map.get("head_dim").is_some_and(|v| !v.is_null());
-    if !given && (derived == 0 || hidden_size % heads != 0) {
+    if !given && (derived == 0 || !hidden_size.is_multiple_of(heads)) {
         return Err(Error::new("heads do not divide the hidden size")
             .at("num_attention_heads")
             .expected(format!("a divisor of hidden_size = {hidden_size}, or a head_dim of its own"))
@@ -193,7 +193,7 @@ fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize> {
             .next("compare config.json with the model's page"));
     }
     let d = f.size("head_dim", Some(derived), 1 << 14)?;
-    if d % 2 != 0 {
+    if !d.is_multiple_of(2) {
         return Err(Error::new("head_dim is odd")
             .at("head_dim")
             .expected("an even number: rotary embedding turns pairs of values")

@@ -445,7 +445,7 @@ fn written_files_have_the_bytes_of_the_safetensors_library() {
 #[test]
 fn half_precision_goes_both_ways() {
     // Ties, subnormals, the largest, and every sign: the expected bits are of half's scalar conversions.
-    let mut values: Vec<f32> = vec![0.0, -0.0, 1.0, -1.5, 65504.0, 1e-8, 6e-8, 3.4e38, 1.00390625, 1.01171875, f32::MIN_POSITIVE];
+    let mut values: Vec<f32> = vec![0.0, -0.0, 1.0, -1.5, 65504.0, 1e-8, 6e-8, 3.4e38, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MIN_POSITIVE];
     values.extend((0..100_000).map(|i| ((i as f32) * 0.37).sin() * 3.0));
     let dir = tempfile::tempdir().unwrap();
     for dtype in [DType::BF16, DType::F16, DType::F32] {
