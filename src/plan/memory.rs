@@ -337,6 +337,45 @@ fn place_phase(regions: &mut [Region], phase: Phase, program: &[Op], compute: DT
     (scratch, total)
 }
 
+/// A plan of single operations over regions of their own, so that a backend's operations can be tested one by one.
+#[cfg(test)]
+pub(crate) fn of_ops(spec: ModelSpec, mut regions: Vec<Region>, program: Vec<Op>) -> MemoryPlan {
+    let mut end = 0;
+    for r in regions.iter_mut().filter(|r| r.space == Space::Device) {
+        r.offset = end;
+        end += align(r.bytes());
+    }
+    let config = PlanBuilder::new(&spec, Method::Inference).cpu().config;
+    let (scratch, bytes) = place_phase(&mut regions, Phase::MicroStep, &program, config.compute_dtype, end);
+    let none = crate::engine::ops::TensorId(0);
+    let dense = crate::engine::layout::NormIds { weight: none, grad: None };
+    let layout = Layout {
+        regions,
+        embedding: dense,
+        layers: Vec::new(),
+        norm: dense,
+        lm_head: dense,
+        inv_freq: none,
+        trainables: Vec::new(),
+        weights: Vec::new(),
+        adapters: BTreeMap::new(),
+        grad_norm: none,
+        loss: none,
+    };
+    MemoryPlan(Arc::new(Inner {
+        spec,
+        config,
+        targets: None,
+        layout,
+        programs: Programs { micro_step: program, ..Programs::default() },
+        scratch: [(Phase::MicroStep, scratch)].into(),
+        persistent: end,
+        phases: [(Phase::MicroStep, bytes)].into(),
+        host: 0,
+        context: 0,
+    }))
+}
+
 /// Positions of KV cache that fit into the space that the other phases need anyway.
 fn spare_context(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> usize {
     let (_, _, placed) = place(spec, config, base.clone(), 1);

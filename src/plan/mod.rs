@@ -17,6 +17,8 @@ pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss,
 pub use gpu::Gpu;
 pub use fit::{Change, Fit, Fitted};
 pub use config::{Checkpointing, Method, PlanConfig};
+#[cfg(test)]
+pub(crate) use memory::of_ops;
 pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};
 pub use pack::ALIGNMENT;
 pub use region::{Lifetime, Phase, Region, Space, Stage};

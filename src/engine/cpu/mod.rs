@@ -7,6 +7,8 @@ mod add_rmsnorm;
 mod arena;
 mod attention;
 mod attention_backward;
+#[cfg(test)]
+mod autograd;
 mod embedding;
 mod linear;
 mod lm_head;
