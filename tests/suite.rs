@@ -7,6 +7,8 @@ mod support;
 mod chat;
 #[path = "suite/optimizer.rs"]
 mod optimizer;
+#[path = "suite/nf4_edges.rs"]
+mod nf4_edges;
 #[path = "suite/nf4.rs"]
 mod nf4;
 

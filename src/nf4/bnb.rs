@@ -7,9 +7,10 @@
 use candle_core::DType;
 use serde_json::Value;
 
+use super::absmax::Absmax;
 use super::codebook::QuantType;
 use super::dynamic8;
-use super::tensor::{Absmax, Nf4Tensor, check_blocksize, checked_numel};
+use super::tensor::{Nf4Tensor, check_blocksize, checked_numel};
 use crate::{Error, Result};
 
 /// A tensor of a safetensors file: name, dtype, shape and little-endian bytes.
@@ -174,7 +175,13 @@ impl Parts<'_> {
                 .expected("4 bytes per value")
                 .found(format!("{} bytes", bytes.len())));
         }
-        Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(i) => {
+                Err(Error::new("a value that is not finite").at(format!("{part}[{i}]")).found(values[i].to_string()))
+            }
+            None => Ok(values),
+        }
     }
 
     fn check_table(&mut self, part: &str, expected: &[f32]) -> Result<()> {

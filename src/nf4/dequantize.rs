@@ -3,10 +3,11 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::absmax::AbsmaxRef;
 use super::codebook::QuantType;
 use super::element::{Element, Lanes, flush};
 use super::quantize::CHUNK;
-use super::tensor::{AbsmaxRef, Nf4Tensor};
+use super::tensor::Nf4Tensor;
 
 /// Decodes 4-bit blocks to f32: `out[i] = code[q[i]] * absmax[i / blocksize]`, `i` over the flat tensor.
 ///

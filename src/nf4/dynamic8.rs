@@ -101,11 +101,12 @@ impl Tables {
         }
         let code = |x: f32| thresholds.iter().take_while(|t| x > **t).count() as u8;
         let mut start = [[0; CELLS]; 2];
-        for cell in 0..CELLS {
-            let lower = f32::from_bits((FIRST_CELL + cell as u32) << 16);
-            // Negative numbers fall with their bits: the lowest is at the end.
-            let upper = f32::from_bits(((FIRST_CELL + cell as u32) << 16) | 0xffff);
-            (start[0][cell], start[1][cell]) = (code(if cell == 0 { 0.0 } else { lower }), code(-upper));
+        let [positive, negative] = &mut start;
+        for (cell, (p, n)) in positive.iter_mut().zip(negative).enumerate() {
+            let lower = (FIRST_CELL + cell as u32) << 16;
+            *p = code(if cell == 0 { 0.0 } else { f32::from_bits(lower) });
+            // Negative numbers fall as their bits rise: the lowest is at the end.
+            *n = code(-f32::from_bits(lower | 0xffff));
         }
         Tables { values, thresholds, start }
     }

@@ -25,21 +25,29 @@
 //! # Ok::<(), tunebook::Error>(())
 //! ```
 
+mod absmax;
 mod bnb;
 mod codebook;
+mod compare;
 mod dequantize;
 pub mod dynamic8;
 mod element;
+mod error;
+mod inspect;
 mod quantize;
 #[cfg(target_arch = "x86_64")]
 mod simd;
 mod tensor;
 mod widest;
 
+pub use absmax::{Absmax, AbsmaxRef};
 pub use bnb::BnbTensor;
 pub use codebook::{FP4_THRESHOLDS, LevelDerivation, NF4_THRESHOLDS, QuantType, derive_levels};
+pub use compare::{Comparison, SchemeReport, compare};
 pub use dequantize::{dequantize_bf16_into, dequantize_f16_into, dequantize_into};
+pub use error::{BlockError, ErrorReport};
+pub use inspect::{Histogram, Inspection, SerializedBytes};
 pub(crate) use quantize::nest;
 pub use quantize::{quantize, quantize_bf16, quantize_f16, quantize_f32};
-pub use tensor::{Absmax, AbsmaxRef, Nf4Config, Nf4Storage, Nf4Tensor, storage};
+pub use tensor::{Nf4Config, Nf4Storage, Nf4Tensor, storage};
 pub(crate) use widest::widest;

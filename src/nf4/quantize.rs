@@ -4,10 +4,11 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::absmax::Absmax;
 use super::codebook::{NF4_THRESHOLDS, QuantType};
 use super::dynamic8;
 use super::element::{Element, Lanes, flush};
-use super::tensor::{Absmax, Nf4Config, Nf4Tensor, check_dtype, checked_numel};
+use super::tensor::{Nf4Config, Nf4Tensor, check_dtype, checked_numel};
 use super::widest;
 use crate::{Error, Result};
 
