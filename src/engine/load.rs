@@ -24,7 +24,7 @@ impl Engine {
         let slots = self.plan.layout().weights.clone();
         for slot in &slots {
             let stored = match slot.name.strip_suffix(".weight") {
-                Some(_module) if slot.shape.len() == 2 => None::<Nf4Tensor>,
+                Some(module) if slot.shape.len() == 2 => base.nf4(module)?,
                 _ => None,
             };
             match slot.weight {

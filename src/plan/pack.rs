@@ -52,7 +52,8 @@ pub fn pack(blocks: &[Block]) -> (Vec<u64>, u64) {
 }
 
 /// The most bytes alive at any one operation: no placement can need less.
-pub fn lower_bound(blocks: &[Block]) -> u64 {
+#[cfg(test)]
+fn lower_bound(blocks: &[Block]) -> u64 {
     let ops = blocks.iter().map(|b| b.last as usize + 1).max().unwrap_or(0);
     let mut delta = vec![0i64; ops + 1];
     for b in blocks {

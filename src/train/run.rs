@@ -18,7 +18,6 @@ use crate::{Error, Result};
 
 /// Fingerprint of a run that began with random weights instead of a base.
 const FROM_SCRATCH: &str = "random weights";
-const DATASET_FILE: &str = "dataset.safetensors";
 const EVAL_FILE: &str = "eval_dataset.safetensors";
 const WEIGHTS_FILE: &str = "model.safetensors";
 
@@ -38,6 +37,8 @@ pub struct Run {
     total_steps: u64,
     order: Option<(u64, Vec<usize>)>,
     partial: Partial,
+    /// Reports of steps that are done but could not be written, e.g. to a full disk.
+    unlogged: Vec<StepReport>,
     saved: Option<u64>,
     /// Why the run cannot go on, when an engine failed in the middle.
     stopped: Option<String>,
@@ -104,8 +105,7 @@ impl Run {
         data: Dataset,
         config: TrainConfig,
     ) -> Result<Self> {
-        let path = base.dir().canonicalize().map_err(|e| Error::io("find", base.dir(), e))?;
-        let record = BaseRecord { fingerprint: fingerprint_dir(&path)?, dir: path };
+        let record = BaseRecord::of(base.dir())?;
         Self::begin(dir.as_ref(), plan, Some(base), record, data, config)
     }
 
@@ -141,10 +141,10 @@ impl Run {
         let total_steps = check(&plan, &data, &config)?;
         let engine = engine(&plan, base.as_ref(), config.seed)?;
         let run_dir = RunDir::create(dir)?;
-        save_dataset(dir.join(DATASET_FILE), &data)?;
+        save_dataset(run_dir.dataset(), &data)?;
         let plan_value = to_value("the plan", plan.config())?;
         let lora = to_value("the LoRA configuration", &plan.config().lora)?;
-        let dataset = DatasetRecord { fingerprint: data.fingerprint(), examples: data.len() };
+        let dataset = DatasetRecord::of(&data);
         let record = RunRecord::new(plan.spec().clone(), lora, config, plan_value, base_record, dataset);
         let log = MetricsLog::create(&run_dir)?;
         run_dir.commit(&record)?;
@@ -160,6 +160,7 @@ impl Run {
             total_steps,
             order: None,
             partial: Partial::default(),
+            unlogged: Vec::new(),
             saved: None,
             stopped: None,
         })
@@ -178,14 +179,8 @@ impl Run {
         })?;
         let plan = MemoryPlan::new(&record.spec, config)?;
         let base = reopen_base(&record)?;
-        let data = load_dataset(dir.join(DATASET_FILE))?;
-        if data.fingerprint() != record.dataset.fingerprint {
-            return Err(Error::new("the run's data set has changed since the run was made")
-                .at_path(dir.join(DATASET_FILE))
-                .expected(record.dataset.fingerprint.clone())
-                .found(data.fingerprint())
-                .next("restore the file, or start a new run"));
-        }
+        let data = load_dataset(run_dir.dataset())?;
+        record.dataset.check(&data)?;
         let eval_path = dir.join(EVAL_FILE);
         let eval = if eval_path.exists() { Some(load_dataset(eval_path)?) } else { None };
         let total_steps = check(&plan, &data, &record.train)?;
@@ -216,6 +211,7 @@ impl Run {
             total_steps,
             order: None,
             partial: Partial::default(),
+            unlogged: Vec::new(),
             saved,
             stopped: None,
         })
@@ -575,7 +571,7 @@ impl Run {
         let next = config.step_batches(s.step, self.data.len());
         (s.epoch, s.next_batch) = (next.epoch, next.first);
         let seconds = p.seconds + optimizer_seconds;
-        self.log.append(StepReport {
+        self.unlogged.push(StepReport {
             step: s.step,
             epoch: config.epochs_done(s.step, self.data.len()),
             loss: p.loss.mean(),
@@ -592,7 +588,20 @@ impl Run {
             arena_bytes: self.engine.plan().arena_bytes(),
             clipped: norm.clip < 1.0,
             resumed: false,
-        })
+        });
+        self.flush_log()
+    }
+
+    /// Appends what is not in the log yet; the newest report. A full disk leaves it for the next call.
+    fn flush_log(&mut self) -> Result<StepReport> {
+        loop {
+            let report = self.unlogged[0].clone();
+            let written = self.log.append(report)?;
+            self.unlogged.remove(0);
+            if self.unlogged.is_empty() {
+                return Ok(written);
+            }
+        }
     }
 
     /// Saves and evaluates after a step, when the configuration says so.
@@ -600,11 +609,12 @@ impl Run {
         let (step, config) = (self.state.step, &self.record.train);
         let save = config.save_steps > 0 && step % config.save_steps == 0;
         let evaluate = config.eval_steps.is_some_and(|n| n > 0 && step % n == 0);
-        if save || self.is_finished() {
-            self.checkpoint()?;
-        }
+        // First, so that a run killed in between evaluates again.
         if evaluate && let Some(eval) = self.eval.clone() {
             self.evaluate(&eval)?;
+        }
+        if save || self.is_finished() {
+            self.checkpoint()?;
         }
         Ok(())
     }
@@ -732,14 +742,7 @@ fn reopen_base(record: &RunRecord) -> Result<Option<Base>> {
     if record.base.fingerprint == FROM_SCRATCH {
         return Ok(None);
     }
-    let found = fingerprint_dir(&record.base.dir)?;
-    if found != record.base.fingerprint {
-        return Err(Error::new("the base model has changed since the run was made")
-            .at_path(&record.base.dir)
-            .expected(record.base.fingerprint.clone())
-            .found(found)
-            .next("restore the files of the base, or start a new run"));
-    }
+    record.base.check()?;
     Base::from_dir(&record.base.dir).map(Some)
 }
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::CpuOps;
 use super::attention::{HeadRows, Scores, Shared, Span, TILE, first_key, head, masked_scores, tiles};
-use super::math::{dot, exp};
+use super::math::{dot, exp, vectorised};
 use super::matmul::{Matrix, tile_product};
 use super::rotary::MAX_HEAD_DIM;
 use crate::engine::ops::{AttentionBackward, Heads, Scratch};
@@ -21,6 +21,16 @@ struct Inputs<'a> {
     lse: &'a [f32],
     delta: &'a [f32],
     heads: Heads,
+}
+
+vectorised! {
+    /// Scores become probabilities; products with V become gradients of the scaled scores.
+    fn score_grad_row(p: &mut [f32], ds: &mut [f32], lse: f32, delta: f32, factor: f32) {
+        for (p, ds) in p.iter_mut().zip(ds) {
+            *p = exp(*p - lse);
+            *ds = *p * (*ds - delta) * factor;
+        }
+    }
 }
 
 impl CpuOps {
@@ -85,11 +95,8 @@ impl<'a> Inputs<'a> {
         for i in 0..queries.1 {
             let t = (span.start + queries.0 + i) * heads.q + h;
             let (lse, delta) = (self.lse[t], self.delta[t]);
-            let rows = p[i * TILE..][..keys.1].iter_mut().zip(&mut ds[i * TILE..][..keys.1]);
-            for (p, ds) in rows {
-                *p = exp(*p - lse);
-                *ds = *p * (*ds - delta) * factor;
-            }
+            let row = i * TILE..i * TILE + keys.1;
+            score_grad_row(&mut p[row.clone()], &mut ds[row], lse, delta, factor);
         }
     }
 

@@ -77,15 +77,6 @@ vectorised! {
 }
 
 vectorised! {
-    /// `y += s * x`.
-    fn axpy(y: &mut [f32], s: f32, x: &[f32]) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = s.mul_add(*x, *y);
-        }
-    }
-}
-
-vectorised! {
     /// Replaces `x` by `exp(x - shift)`; the sum.
     fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
         let mut lanes = [0f32; LANES];
