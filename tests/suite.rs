@@ -38,3 +38,7 @@ mod stories;
 mod trajectory;
 #[path = "suite/plan.rs"]
 mod plan;
+#[path = "suite/estimate.rs"]
+mod estimate;
+#[path = "suite/display.rs"]
+mod display;

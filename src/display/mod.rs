@@ -7,13 +7,16 @@
 mod card;
 mod data;
 mod estimate;
+mod generate;
 pub mod html;
 mod lora;
 mod model;
 mod nf4;
+mod plan;
 mod sink;
 pub mod svg;
 pub mod text;
+mod train;
 pub mod units;
 
 pub use card::{Align, Block, Card, Cell, Column, Row, Table, Tone};

@@ -57,10 +57,10 @@ impl Show for LevelDerivation {
 fn density(d: &LevelDerivation) -> String {
     let largest = d.quantiles.iter().copied().fold(0.0, f64::max).max(1e-9);
     let curve: Vec<(f64, f64)> = (0..=200).map(|i| f64::from(i) / 100.0 - 1.0).map(|x| (x, (-0.5 * (x * largest).powi(2)).exp())).collect();
-    let mut all = vec![Line { points: curve, colour: 0, width: 20, opacity: 1.0 }];
+    let mut all = vec![Line { width: 20, ..Line::new(curve, 0) }];
     for level in d.levels.map(f64::from) {
         let height = (-0.5 * (level * largest).powi(2)).exp();
-        all.push(Line { points: vec![(level, 0.0), (level, height)], colour: 1, width: 15, opacity: 1.0 });
+        all.push(Line::new(vec![(level, 0.0), (level, height)], 1));
     }
     let frame = Frame::around([-1.05, 1.05], [0.0, 1.0]).from_zero().labels("weight / absmax", "density").alt("normal density with the 16 levels of NF4");
     lines(&frame.size(640, 200), &all, &[])

@@ -300,6 +300,15 @@ pub struct Line {
     pub width: u32,
     /// 0 to 1.
     pub opacity: f64,
+    /// A dot at each point.
+    pub dots: bool,
+}
+
+impl Line {
+    /// A line of usual width.
+    pub fn new(points: Vec<(f64, f64)>, colour: usize) -> Line {
+        Line { points, colour, width: 15, opacity: 1.0, dots: false }
+    }
 }
 
 /// Lines, with named vertical marks (a resume, an epoch).
@@ -309,10 +318,12 @@ pub fn lines(frame: &Frame, lines: &[Line], marks: &[(f64, String)]) -> String {
         for line in lines {
             let style = ink(line.colour).mix(line.opacity).stroke_width(line.width * SCALE / 10);
             for run in finite_runs(&line.points) {
-                if let [only] = run {
-                    chart.draw_series([Circle::new(*only, 2 * SCALE, ink(line.colour).filled())]).ok()?;
-                } else {
+                if let [_, _, ..] = run {
                     chart.draw_series([PathElement::new(run.to_vec(), style)]).ok()?;
+                }
+                if line.dots || run.len() == 1 {
+                    let dot = |at: &(f64, f64)| Circle::new(*at, 5 * SCALE / 2, ink(line.colour).filled());
+                    chart.draw_series(run.iter().map(dot)).ok()?;
                 }
             }
         }
@@ -351,31 +362,27 @@ pub struct Layer {
     pub colour: usize,
 }
 
-/// Areas stacked on one another: step `i` covers `i..i + 1` along x.
-pub fn stacked_area(frame: &Frame, layers: &[Layer], marks: &[(f64, String)], limit: Option<(f64, String)>) -> String {
+/// Areas stacked on one another over the whole of `frame.x`, in equal steps.
+pub fn stacked_area(frame: &Frame, layers: &[Layer], marks: &[(f64, String)]) -> String {
     let steps = layers.iter().map(|l| l.values.len()).min().unwrap_or(0);
+    let width = (frame.x.end - frame.x.start) / steps.max(1) as f64;
     frame.draw(|chart| {
         let mut base = vec![0.0; steps];
         for layer in layers {
             let top: Vec<f64> = base.iter().zip(&layer.values).map(|(b, v)| b + v.max(0.0)).collect();
             if layer.values.iter().any(|v| *v > 0.0) {
-                let mut outline = staircase(&top);
-                outline.extend(staircase(&base).into_iter().rev());
+                let mut outline = staircase(&top, frame.x.start, width);
+                outline.extend(staircase(&base, frame.x.start, width).into_iter().rev());
                 chart.draw_series([Polygon::new(outline, ink(layer.colour).filled())]).ok()?;
             }
             base = top;
-        }
-        if let Some((at, name)) = &limit {
-            let ends = vec![(frame.x.start, *at), (frame.x.end, *at)];
-            chart.draw_series([PathElement::new(ends, TEXT.mix(0.75).stroke_width(SCALE))]).ok()?;
-            chart.draw_series([label(&format!(" {name}"), (frame.x.start, *at), HPos::Left, VPos::Bottom, TEXT.mix(0.85))]).ok()?;
         }
         draw_marks(chart, frame, marks)
     })
 }
 
 /// Corners of the steps, left to right; flat stretches keep their ends only.
-fn staircase(values: &[f64]) -> Vec<(f64, f64)> {
+fn staircase(values: &[f64], left: f64, width: f64) -> Vec<(f64, f64)> {
     let mut out = Vec::new();
     let mut i = 0;
     while i < values.len() {
@@ -383,7 +390,7 @@ fn staircase(values: &[f64]) -> Vec<(f64, f64)> {
         while i < values.len() && values[i] == values[start] {
             i += 1;
         }
-        out.extend([(start as f64, values[start]), (i as f64, values[start])]);
+        out.extend([start, i].map(|x| (left + x as f64 * width, values[start])));
     }
     out
 }

@@ -138,7 +138,7 @@ impl fmt::Display for EvalReport {
 }
 
 /// All that a run has reported so far.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 pub struct Metrics {
     /// Every step, ascending.
     pub steps: Vec<StepReport>,

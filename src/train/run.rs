@@ -79,7 +79,7 @@ pub struct MicroReport {
 }
 
 /// What [`Run::steps`] did.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Steps {
     /// One report for each step.
     pub reports: Vec<StepReport>,

@@ -187,13 +187,13 @@ Say hi:
 #[test]
 fn charts_take_any_numbers() {
     let frame = svg::Frame::around([f64::NAN], [f64::INFINITY, -0.0]);
-    let line = svg::Line { points: vec![(0.0, f64::NAN), (1.0, 1.0), (f64::INFINITY, 2.0)], colour: 40, width: 20, opacity: 1.0 };
+    let line = svg::Line { points: vec![(0.0, f64::NAN), (1.0, 1.0), (f64::INFINITY, 2.0)], colour: 40, width: 20, opacity: 1.0, dots: true };
     for chart in [
         svg::lines(&frame, &[line], &[(f64::NAN, "never".into())]),
         svg::histogram(&frame, &[], 0, &[], 0),
         svg::heat(&[], 0, 3, ""),
         svg::heat(&[f64::NAN, 1.0], 1, 3, "two"),
-        svg::stacked_area(&frame, &[], &[], None),
+        svg::stacked_area(&frame, &[], &[]),
         svg::stacked_bars(&[], &[], "GB", ""),
     ] {
         assert!(chart.starts_with("<svg role=\"img\"") && chart.trim_end().ends_with("</svg>"), "{chart}");
