@@ -10,9 +10,11 @@ mod estimate;
 mod generate;
 pub mod html;
 mod lora;
+mod merge;
 mod model;
 mod nf4;
 mod plan;
+mod progress;
 mod sink;
 pub mod svg;
 pub mod text;
@@ -20,6 +22,7 @@ mod train;
 pub mod units;
 
 pub use card::{Align, Block, Card, Cell, Column, Row, Table, Tone};
+pub(crate) use progress::RunProgress;
 pub use sink::{MimeBundle, Sink, reset_sink, set_sink};
 
 /// A value that shows itself as a [`Card`].

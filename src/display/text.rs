@@ -28,11 +28,30 @@ fn block(block: &Block) -> String {
         Block::Figure { caption, text, .. } => match (caption.is_empty(), text.is_empty()) {
             (_, true) => String::new(),
             (true, false) => text.clone(),
-            (false, false) => format!("{caption}\n{text}"),
+            (false, false) => format!("{}\n{text}", wrap(caption)),
         },
-        Block::Note(note) => note.clone(),
+        Block::Note(note) => wrap(note),
         Block::Html { text, .. } => text.clone(),
     }
+}
+
+/// Lines of at most 100 characters, broken at spaces.
+fn wrap(text: &str) -> String {
+    let mut out = String::new();
+    let mut width = 0;
+    for word in text.split(' ') {
+        let letters = word.chars().count();
+        if width > 0 && width + 1 + letters > 100 {
+            out.push('\n');
+            width = 0;
+        } else if width > 0 {
+            out.push(' ');
+            width += 1;
+        }
+        out.push_str(word);
+        width += letters;
+    }
+    out
 }
 
 fn facts(facts: &[(String, String)]) -> String {

@@ -1,51 +1,56 @@
-//! Lines of progress while steps run.
+//! Progress while steps run: lines of text, or one display that is updated where the front end can.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::StepReport;
+use crate::display::{self, RunProgress};
 
-/// Prints one line for each logged step, with what is left.
+/// A front end that redraws is given time to do so.
+const BETWEEN_UPDATES: Duration = Duration::from_millis(250);
+
+/// Tells of each logged step, with what is left.
 pub(super) struct Progress {
     first: u64,
     last: u64,
-    total: u64,
+    every: u64,
     start: Instant,
+    updated: Option<Instant>,
+    shown: RunProgress,
 }
 
 impl Progress {
-    /// Of the steps after `first` up to `last`, in a run of `total`.
-    pub(super) fn new(first: u64, last: u64, total: u64) -> Self {
-        Progress { first, last, total, start: Instant::now() }
+    /// Of the steps after `first` up to `last`, in a run of `total`; a line for each `every` steps.
+    pub(super) fn new(first: u64, last: u64, total: u64, every: u64) -> Self {
+        let shown = RunProgress { reports: Vec::new(), last, total, seconds_left: None };
+        Progress { first, last, every: every.max(1), start: Instant::now(), updated: None, shown }
     }
 
-    /// After a step.
-    pub(super) fn step(&self, r: &StepReport) {
+    /// After each step.
+    pub(super) fn step(&mut self, r: &StepReport) {
         let per_step = self.start.elapsed().as_secs_f64() / (r.step - self.first).max(1) as f64;
-        let left = per_step * (self.last - r.step) as f64;
-        println!(
-            "step {:>5}/{}  loss {:.4}  grad norm {:.3}  lr {:.2e}  {:.0} tokens/s  {} left",
-            r.step,
-            self.total,
-            r.loss,
-            r.grad_norm,
-            r.learning_rate,
-            r.tokens_per_second,
-            duration(left)
-        );
+        self.shown.seconds_left = Some(per_step * (self.last - r.step) as f64);
+        self.shown.reports.push(r.clone());
+        if display::is_live() {
+            if self.updated.is_none_or(|t| t.elapsed() >= BETWEEN_UPDATES) {
+                self.update();
+            }
+        } else if r.step % self.every == 0 || r.step == self.last {
+            display::line(&self.shown.line());
+        }
     }
 
     /// At the end of the loop.
-    pub(super) fn finish(&self, interrupted: bool) {
+    pub(super) fn finish(&mut self, interrupted: bool) {
+        if display::is_live() && !self.shown.reports.is_empty() {
+            self.update();
+        }
         if interrupted {
-            println!("interrupted between two micro-steps: everything is kept, the next call goes on");
+            display::line("interrupted between two micro-steps: everything is kept, the next call goes on");
         }
     }
-}
 
-fn duration(seconds: f64) -> String {
-    if seconds < 60.0 {
-        format!("{seconds:.0} s")
-    } else {
-        format!("{:.0} min {:02.0} s", (seconds / 60.0).floor(), seconds % 60.0)
+    fn update(&mut self) {
+        display::update("tunebook-run", &self.shown);
+        self.updated = Some(Instant::now());
     }
 }

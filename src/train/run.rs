@@ -318,7 +318,7 @@ impl Run {
         let first = self.state.step;
         let mut reports = Vec::new();
         let mut interrupted = false;
-        let progress = Progress::new(first, last, self.total_steps);
+        let mut progress = Progress::new(first, last, self.total_steps, self.record.train.logging_steps);
         'steps: while self.state.step < last {
             self.ready()?;
             let count = self.batches().count;
@@ -330,10 +330,7 @@ impl Run {
                 self.micro_step()?;
             }
             let report = self.update()?;
-            let every = self.record.train.logging_steps.max(1);
-            if report.step % every == 0 || report.step == last {
-                progress.step(&report);
-            }
+            progress.step(&report);
             reports.push(report);
             self.after_step()?;
         }

@@ -1,13 +1,19 @@
 //! What values show: plain text by its letters; HTML by what it must and must not hold.
 
+use std::sync::{Arc, Mutex};
+
 use serde_json::json;
-use tunebook::data::{BatchView, Rows, TokenView};
+use tunebook::data::{BatchView, Dataset, Example, Rows, TokenView};
 use tunebook::display::html::escape;
 use tunebook::display::{Card, Cell, MimeBundle, Show, Sink, Table, bundle, reset_sink, set_sink, svg, text, units};
-use tunebook::lora::discover;
-use tunebook::model::ModelSpec;
-use tunebook::nf4::derive_levels;
-use tunebook::plan::{Estimate, EstimateConfig, Gpu};
+use tunebook::generate::{Generation, StopReason};
+use tunebook::lora::{MergeBase, MergeCost, MergeReport, ModuleMerge, discover};
+use tunebook::model::{Base, ModelSpec};
+use tunebook::nf4::{Nf4Config, derive_levels};
+use tunebook::plan::{Estimate, EstimateConfig, Gpu, MemoryPlan};
+use tunebook::train::{EvalReport, Metrics, Run, StepReport, TrainConfig};
+
+use crate::support::golden;
 
 /// A model small enough that its displays fit on this page.
 pub fn tiny_spec(name: &str) -> ModelSpec {
@@ -88,7 +94,11 @@ fn html_is_escaped_and_stands_alone() {
     let estimate = Estimate::new(&spec, EstimateConfig { r: 2, ..EstimateConfig::qlora() }).unwrap();
     let levels = derive_levels();
     let discovery = discover(&spec, "all-linear").unwrap();
-    let shown: [&dyn Show; 7] = [&spec, &gpu, &rows, &view, &estimate, &levels, &discovery];
+    let (plan, merge, metrics) = (MemoryPlan::qlora(&spec).seq(16).build().unwrap(), merge_report(evil), metrics());
+    let generation = generation(evil);
+    let shown: [&dyn Show; 12] = [
+        &spec, &gpu, &rows, &view, &estimate, &levels, &discovery, &plan, &merge, &metrics, &generation, &metrics.steps[0],
+    ];
     for value in shown {
         stands_alone(&bundle(value));
     }
@@ -200,36 +210,235 @@ fn charts_take_any_numbers() {
     }
 }
 
-#[test]
-fn a_sink_gets_displays_and_lines() {
-    use std::sync::{Arc, Mutex};
-    struct Log(Arc<Mutex<Vec<String>>>);
-    impl Sink for Log {
-        fn show(&mut self, bundle: &MimeBundle) {
-            self.0.lock().unwrap().push(format!("show {}", bundle.text.lines().next().unwrap()));
-        }
-        fn update(&mut self, id: &str, _: &MimeBundle) {
-            self.0.lock().unwrap().push(format!("update {id}"));
-        }
-        fn clear(&mut self, id: &str) {
-            self.0.lock().unwrap().push(format!("clear {id}"));
-        }
-        fn text(&mut self, line: &str) {
-            self.0.lock().unwrap().push(format!("text {line}"));
-        }
-        fn is_live(&self) -> bool {
-            true
-        }
+fn step(step: u64, resumed: bool) -> StepReport {
+    StepReport {
+        step,
+        epoch: step as f64 / 4.0,
+        loss: 3.0 / step as f64,
+        grad_norm: 0.5,
+        learning_rate: 2e-4,
+        tokens: 2048,
+        trained_tokens: 900,
+        tokens_per_second: 4096.0,
+        seconds: 0.5,
+        data_seconds: 0.03125,
+        forward_seconds: 0.125,
+        backward_seconds: 0.25,
+        optimizer_seconds: 0.0625,
+        arena_bytes: 6_450_545_664,
+        clipped: true,
+        resumed,
     }
+}
+
+fn metrics() -> Metrics {
+    let eval = EvalReport { step: 4, loss: 1.0, examples: 10, tokens: 500, trained_tokens: 200, seconds: 0.1 };
+    Metrics { steps: (1..=4).map(|i| step(i, i == 3)).collect(), evaluations: vec![eval] }
+}
+
+#[test]
+fn a_step_as_text() {
+    assert_text(&step(3, true), "
+Step 3
+epoch 0.75, the first after a resume
+
+loss           1.0000 (perplexity 2.718)
+gradient norm  0.5000, clipped
+learning rate  0.0002000
+tokens         2,048, 900 with a loss
+speed          4,096 tokens/s
+arena          6.451 GB (6.008 GiB)
+
+time for             share
+────────────────────────────────────────
+data       31.2 ms   6.2 %  █▌
+forward     0.12 s  25.0 %  ██████
+backward    0.25 s  50.0 %  ████████████
+optimizer  62.5 ms  12.5 %  ███
+rest       31.2 ms   6.2 %  █▌
+────────────────────────────────────────
+step        0.50 s
+");
+}
+
+#[test]
+fn a_run_as_text() {
+    let metrics = metrics();
+    assert_text(&metrics, "
+Run
+4 steps, 1.00 epochs
+
+Loss: mean cross-entropy over the trained tokens of each step; evaluation with dots
+loss           █▃▂▁  0.7500 to 3.000
+learning rate  ▄▄▄▄  0.0002000 to 0.0002000
+gradient norm  ▄▄▄▄  0.5000 to 0.5000
+
+loss                3.0000 at step 1, 0.7500 at step 4
+tokens              8,192 in 2.00 s, 4,096 tokens/s
+evaluation          loss 1.0000 after step 4, perplexity 2.718
+resumed after step  2
+");
+    let html = bundle(&metrics).html;
+    assert_eq!(html.matches("<svg").count(), 3);
+    assert!(html.contains("resumed"));
+    assert_eq!(format!("{metrics:?}"), format!("{metrics}"));
+    assert!(format!("{metrics:#?}").contains("grad_norm: 0.5"));
+}
+
+fn merge_report(model: &str) -> MergeReport {
+    let cost = |kept, error, distance| Some(MergeCost { kept, error, distance });
+    let module = |layer: usize| ModuleMerge {
+        module: format!("model.layers.{layer}.self_attn.q_proj"),
+        layer: Some(layer),
+        out_features: 8,
+        in_features: 8,
+        r: 2,
+        norm_w: 3.0,
+        norm_delta: 0.04,
+        original: cost(1.0, 0.002, 9.2),
+        dequantized: cost(0.999, 0.165, 0.165),
+        quantized: cost(0.02, 1.11, 1.11),
+    };
+    MergeReport {
+        model: model.into(),
+        onto: MergeBase::Dequantized(Nf4Config::default()),
+        trained_on_quantized: true,
+        quantization: Nf4Config::default(),
+        modules: vec![module(0), module(1)],
+        dir: None,
+        dtype: "bf16".into(),
+        bytes: 0,
+        seconds: 0.0,
+        notes: vec!["A note.".into()],
+    }
+}
+
+#[test]
+fn a_merge_as_text() {
+    assert_text(&merge_report("tiny"), "
+Merge of tiny
+onto the weights dequantized from nf4 (blocksize 64, nested)
+
+What each base would cost, all weights together
+merged onto                        kept                            error (‖ΔW‖)  distance (‖ΔW‖)
+────────────────────────────────────────────────────────────────────────────────────────────────
+original weights                100.0 %  ████████████████████████         0.002            9.200
+dequantized from NF4  ◀ chosen   99.9 %  ████████████████████████         0.165            0.165
+NF4, quantized again              2.0 %  ▌                                1.110            1.110
+
+kept: the share of ΔW that arrives. error: what rounding or quantizing did to ΔW, and distance: how
+far the result is from the function that was trained beside the quantized weights, both as multiples
+of ‖ΔW‖.
+
+By layer: kept and distance onto each base
+   layer    ‖W‖     ‖ΔW‖  ‖ΔW‖/‖W‖  original  dist.  dequantized  dist.  quantized  dist.
+─────────────────────────────────────────────────────────────────────────────────────────
+       0  3.000  0.04000    1.33 %   100.0 %  9.200       99.9 %  0.165      2.0 %  1.110
+       1  3.000  0.04000    1.33 %   100.0 %  9.200       99.9 %  0.165      2.0 %  1.110
+─────────────────────────────────────────────────────────────────────────────────────────
+together  4.243  0.05657    1.33 %   100.0 %  9.200       99.9 %  0.165      2.0 %  1.110
+
+merged weights  2
+stored as       bf16
+
+A note.
+");
+}
+
+fn generation(text: &str) -> Generation {
+    Generation {
+        prompt: "Once upon".into(),
+        text: format!(" a time {text}"),
+        prompt_tokens: 3,
+        tokens: vec![7; 4],
+        stop_reason: StopReason::MaxNewTokens,
+        seconds_prefill: 0.0125,
+        seconds_decode: 0.1,
+        tokens_per_second: 30.0,
+    }
+}
+
+#[test]
+fn a_generation_as_text() {
+    assert_text(&generation("there"), "
+Generation
+3 + 4 tokens, 12.5 ms to the first, then 30.0 tokens/s; ended by max_new_tokens reached
+
+Once upon⟦ a time there⟧
+");
+}
+
+#[test]
+fn a_plan_adds_up_in_its_display() {
+    let plan = MemoryPlan::qlora(&tiny_spec("tiny")).r(2).batch(2).seq(16).build().unwrap();
+    let shown = bundle(&plan);
+    assert!(shown.text.starts_with("Memory plan: QLoRA of tiny\n2 x 16 tokens, r 2 on all-linear, NF4 with nested absmax, adamw,"));
+    let unit = units::ByteUnit::of(plan.arena_bytes());
+    let total = shown.text.lines().find(|l| l.starts_with("arena  ")).unwrap();
+    assert!(total.contains(&unit.decimal(plan.arena_bytes())) && total.contains("100.0 %"), "{total}");
+    for row in plan.table() {
+        let name = row.stage.map_or("unused by the placement", |s| s.label());
+        assert!(shown.text.contains(&format!("\n{name} ")) && shown.html.contains(name), "{name}");
+    }
+    assert_eq!(shown.html.matches("<svg").count(), 2, "the bar and the timeline");
+    assert!(shown.text.contains("operations of one micro-step: forward to the loss, then backward."));
+    assert_eq!(format!("{plan:?}"), shown.text);
+    assert!(format!("{plan:#?}").contains("arena_bytes:"));
+}
+
+/// A sink that keeps what it is sent.
+struct Log(Arc<Mutex<Vec<String>>>, bool);
+
+impl Sink for Log {
+    fn show(&mut self, bundle: &MimeBundle) {
+        self.0.lock().unwrap().push(format!("show {}", bundle.text.lines().next().unwrap()));
+    }
+    fn update(&mut self, id: &str, bundle: &MimeBundle) {
+        self.0.lock().unwrap().push(format!("update {id}: {}", bundle.text.lines().nth(1).unwrap_or_default()));
+    }
+    fn clear(&mut self, id: &str) {
+        self.0.lock().unwrap().push(format!("clear {id}"));
+    }
+    fn text(&mut self, line: &str) {
+        self.0.lock().unwrap().push(format!("text {line}"));
+    }
+    fn is_live(&self) -> bool {
+        self.1
+    }
+}
+
+/// One test for all that replaces the sink: there is one in the process. Other tests may send something meanwhile.
+#[test]
+fn a_sink_gets_displays_and_progress() {
     let log = Arc::new(Mutex::new(Vec::new()));
-    set_sink(Box::new(Log(log.clone())));
+    set_sink(Box::new(Log(log.clone(), true)));
     let gpu = Gpu::preset("t4").unwrap();
     gpu.evcxr_display();
-    tunebook::display::update("progress", &gpu);
-    tunebook::display::line("step 1");
-    tunebook::display::clear("progress");
+    tunebook::display::update("a card", &gpu);
+    tunebook::display::line("a line");
+    tunebook::display::clear("a card");
+    let tmp = tempfile::TempDir::new().unwrap();
+    let mut run = run(tmp.path());
+    run.steps(2).unwrap();
+    set_sink(Box::new(Log(log.clone(), false)));
+    run.steps(9).unwrap();
     reset_sink();
-    // Other tests may show something meanwhile: what was sent here is there, in this order.
-    let got: Vec<String> = log.lock().unwrap().iter().filter(|l| !l.starts_with("show") || l.ends_with("t4")).cloned().collect();
-    assert_eq!(got, ["show t4", "update progress", "text step 1", "clear progress"]);
+    let got = log.lock().unwrap().clone();
+    for expected in ["show t4", "update a card: ", "text a line", "clear a card"] {
+        assert!(got.iter().any(|l| l == expected), "{expected} in {got:?}");
+    }
+    assert!(got.iter().any(|l| l.starts_with("update tunebook-run: step 2 of 3, to step 2, ")), "{got:?}");
+    assert!(!got.iter().any(|l| l.starts_with("text step 2/3 ")), "a live display needs no lines: {got:?}");
+    assert!(got.iter().any(|l| l.starts_with("text step 3/3  loss ") && l.contains(" tokens/s")), "{got:?}");
+    let shown = bundle(&run);
+    assert!(shown.text.contains("\nstep 3 of 3, finished\n") && shown.text.contains("at step 3"), "{}", shown.text);
+    stands_alone(&shown);
+}
+
+fn run(dir: &std::path::Path) -> Run {
+    let base = Base::from_dir(golden("tiny/tiny-mistral/base")).unwrap();
+    let plan = MemoryPlan::lora(base.spec()).cpu().r(2).batch(2).seq(16).build().unwrap();
+    let data = Dataset::new((0..6).map(|i| Example::all_trained((i..i + 9).collect())).collect()).unwrap();
+    let config = TrainConfig::default().per_device_train_batch_size(2).max_steps(3).logging_steps(1);
+    Run::create(dir.join("run"), plan, base, data, config).unwrap()
 }
