@@ -7,6 +7,7 @@
 pub mod data;
 pub mod display;
 pub mod engine;
+mod environment;
 mod error;
 pub mod files;
 pub mod generate;
@@ -16,14 +17,25 @@ pub mod nf4;
 pub mod plan;
 pub mod train;
 
+pub use environment::{Environment, environment};
 pub use error::{Error, Result};
 
 /// What a notebook's first cell imports.
 pub mod prelude {
-    pub use crate::data::{self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, Rows, Tokenizer};
-    pub use crate::generate::{Sampling, generate};
+    pub use crate::data::{
+        self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, Rows, Tokenizer, encode,
+    };
+    pub use crate::engine::Engine;
+    pub use crate::generate::{Sampling, answer, exact_match, generate};
     pub use crate::lora::{self, Adapter, LoraConfig, MergeBase, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
-    pub use crate::train::{LrScheduler, Metrics, Optim, StepReport, TrainConfig};
-    pub use crate::{Error, Result};
+    pub use crate::nf4::{self, Nf4Config};
+    pub use crate::plan::{Checkpointing, Gpu, MemoryPlan, Phase};
+    pub use crate::train::{LrScheduler, Metrics, Optim, Run, TrainConfig};
+    pub use crate::{Error, Result, environment};
 }
+
+/// The README's examples are compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -42,3 +42,5 @@ mod plan;
 mod estimate;
 #[path = "suite/display.rs"]
 mod display;
+#[path = "suite/real_run.rs"]
+mod real_run;

@@ -6,6 +6,7 @@
 
 mod card;
 mod data;
+mod environment;
 mod estimate;
 mod generate;
 pub mod html;

@@ -2,6 +2,7 @@
 
 mod choose;
 mod emit;
+mod exact_match;
 mod sampling;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use exact_match::{Answer, ExactMatch, answer, exact_match};
 pub use sampling::Sampling;
 
 use crate::data::{ChatOptions, ChatTemplate, Tokenizer};
