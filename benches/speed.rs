@@ -6,7 +6,7 @@ use std::time::Instant;
 use half::bf16;
 use tunebook::data::{Batch, Dataset, Example};
 use tunebook::engine::Engine;
-use tunebook::engine::optimizer::AdamWHyper;
+use tunebook::engine::optimizer::{AdamWHyper, adamw, adamw_8bit, adamw_32bit_bnb, sum_of_squares};
 use tunebook::model::ModelSpec;
 use tunebook::nf4::{self, Absmax, AbsmaxRef, Nf4Config, QuantType};
 use tunebook::plan::{Checkpointing, MemoryPlan};
@@ -16,6 +16,9 @@ fn main() {
     let wanted = |name: &str| only.is_empty() || only.starts_with('-') || only == name;
     if wanted("nf4") {
         nf4_bench();
+    }
+    if wanted("optimizer") {
+        optimizer_bench();
     }
     if wanted("step") {
         step_bench();
@@ -72,6 +75,23 @@ fn nf4_bench() {
     let mut out = vec![0f32; n];
     let seconds = median(7, || nf4::dequantize_into(&q.packed, scales, q.quant_type, q.blocksize, &mut out));
     report("dequantize into f32 memory", seconds, 2.0 * read + packed, 0.098);
+}
+
+/// One AdamW step and the gradient norm of four million f32 parameters.
+fn optimizer_bench() {
+    let n = 4 << 20;
+    let g: Vec<f32> = normal_bf16(n).iter().map(|v| v.to_f32()).collect();
+    let (mut p, mut m, mut v) = (g.clone(), vec![0f32; n], vec![0f32; n]);
+    let (mut s1, mut s2) = (vec![0u8; n], vec![0u8; n]);
+    let (mut a1, mut a2) = (vec![0f32; n / 256], vec![0f32; n / 256]);
+    let h = AdamWHyper::default();
+    println!("AdamW, {n} parameters, {} threads", rayon::current_num_threads());
+    let line =
+        |what: &str, seconds: f64| println!("{what:<52} {seconds:>8.4} s {:>7.2} ns each", seconds * 1e9 / n as f64);
+    line("adamw", median(7, || adamw(&mut p, &g, &mut m, &mut v, &h)));
+    line("adamw_32bit_bnb", median(7, || adamw_32bit_bnb(&mut p, &g, &mut m, &mut v, &h)));
+    line("adamw_8bit", median(7, || adamw_8bit(&mut p, &g, &mut s1, &mut a1, &mut s2, &mut a2, &h)));
+    line("sum_of_squares", median(7, || sum_of_squares(&g)));
 }
 
 /// Normally distributed weights of size 0.02, the same every time.

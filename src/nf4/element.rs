@@ -24,7 +24,7 @@ impl Element for f32 {
         v
     }
     fn zeros(n: usize) -> Vec<Self> {
-        vec![0.0; n]
+        huge_pages(vec![0.0; n])
     }
 }
 
@@ -36,7 +36,7 @@ impl Element for bf16 {
         bf16::from_f32(v)
     }
     fn zeros(n: usize) -> Vec<Self> {
-        vec![0u16; n].reinterpret_into()
+        huge_pages(vec![0u16; n]).reinterpret_into()
     }
 }
 
@@ -48,7 +48,7 @@ impl Element for f16 {
         f16::from_f32(v)
     }
     fn zeros(n: usize) -> Vec<Self> {
-        vec![0u16; n].reinterpret_into()
+        huge_pages(vec![0u16; n]).reinterpret_into()
     }
 }
 
@@ -56,4 +56,17 @@ impl Element for f16 {
 #[inline(always)]
 pub(super) fn flush(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x }
+}
+
+/// Asks for large pages before a large vector is first written: faulting in small ones costs more than filling them.
+fn huge_pages<T>(mut v: Vec<T>) -> Vec<T> {
+    #[cfg(target_os = "linux")]
+    if size_of_val(v.as_slice()) >= 8 << 20 {
+        const PAGE: usize = 4096;
+        let start = v.as_mut_ptr() as usize;
+        let (first, end) = (start.next_multiple_of(PAGE), start + size_of_val(v.as_slice()));
+        // SAFETY: whole pages inside the vector's own memory. Advice only: failure changes nothing.
+        unsafe { libc::madvise(first as *mut libc::c_void, (end - first) / PAGE * PAGE, libc::MADV_HUGEPAGE) };
+    }
+    v
 }

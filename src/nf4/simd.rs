@@ -11,7 +11,10 @@ use super::quantize::quantize_block;
 
 /// Whether this CPU has what the functions below are compiled for.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl")
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
 }
 
 /// Sixteen elements at a time.
@@ -226,6 +229,43 @@ fn codes(s: __m512, tables: (__m512, __m512, __m512i, __m512i)) -> __m512i {
     let code = _mm512_permutex2var_epi32(tables.2, cell, tables.3);
     let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(s, threshold);
     _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1))
+}
+
+/// Dynamic 8-bit codes of `x`: `start` holds the first code of each cell (the table, the number of the first cell, the
+/// cells of one sign), `thresholds` where each code ends.
+///
+/// # Safety
+/// AVX-512F, BW, DQ and VL; `codes` as long as `x`, a multiple of 16; a table of two times the cells and three bytes more.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) unsafe fn encode_dynamic(
+    x: &[f32],
+    codes: &mut [u8],
+    (start, first, cells): (&[u8], u32, u32),
+    thresholds: &[f32; 256],
+) {
+    let (first, cells) = (_mm512_set1_epi32(first as i32), _mm512_set1_epi32(cells as i32));
+    let last = _mm512_sub_epi32(cells, _mm512_set1_epi32(1));
+    for (x, codes) in x.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut::<16>().0) {
+        // SAFETY: sixteen f32.
+        let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+        let bits = _mm512_castps_si512(x);
+        let upper = _mm512_srli_epi32::<16>(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fff_ffff)));
+        let cell = _mm512_max_epi32(_mm512_sub_epi32(upper, first), _mm512_setzero_si512());
+        let cell = _mm512_min_epi32(cell, last);
+        let cell = _mm512_mask_add_epi32(cell, _mm512_movepi32_mask(bits), cell, cells);
+        // SAFETY: every cell is in the table, and the three bytes after it.
+        let code = unsafe { _mm512_i32gather_epi32::<1>(cell, start.as_ptr().cast()) };
+        let code = _mm512_and_si512(code, _mm512_set1_epi32(0xff));
+        // SAFETY: a code is at most 255.
+        let threshold = unsafe { _mm512_i32gather_ps::<4>(code, thresholds.as_ptr()) };
+        let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, threshold);
+        let code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+        // NaN has code 0.
+        let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(x, x);
+        let bytes = _mm512_cvtepi32_epi8(_mm512_maskz_mov_epi32(number, code));
+        // SAFETY: sixteen bytes.
+        unsafe { _mm_storeu_si128(codes.as_mut_ptr().cast(), bytes) }
+    }
 }
 
 #[cfg(test)]

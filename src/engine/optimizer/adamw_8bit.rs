@@ -114,21 +114,19 @@ fn block_body(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Ta
         *absmax1 = absmax1.max(m.abs());
         *absmax2 = absmax2.max(v.abs());
     }
-    for i in 0..p.len() {
-        s1[i] = signed_code(maps.0, m[i], m[i] / *absmax1);
-        s2[i] = maps.1.encode(v[i] / *absmax2);
+    let (mut scaled1, mut scaled2) = ([0f32; STATE_BLOCKSIZE], [0f32; STATE_BLOCKSIZE]);
+    for i in 0..STATE_BLOCKSIZE {
+        (scaled1[i], scaled2[i]) = (m[i] / *absmax1, v[i] / *absmax2);
+    }
+    maps.0.encode_all(&scaled1[..p.len()], s1);
+    maps.1.encode_all(&scaled2[..p.len()], s2);
+    // A code never has the other sign than its moment: that would turn the update around.
+    for (code, m) in s1.iter_mut().zip(&m) {
+        let towards = if *m > 0.0 { 1 } else { u8::MAX };
+        let other_sign = (*code < ZERO) != m.is_sign_negative();
+        *code = code.wrapping_add(if other_sign { towards } else { 0 });
     }
 }
 
-/// The code of a first moment, never of the other sign: rounding to zero or across it would turn the update around.
-#[inline(always)]
-fn signed_code(map: &Tables, m: f32, scaled: f32) -> u8 {
-    let code = map.encode(scaled);
-    if map.values[usize::from(code)].is_sign_negative() == m.is_sign_negative() {
-        code
-    } else if m > 0.0 {
-        code.wrapping_add(1)
-    } else {
-        code.wrapping_sub(1)
-    }
-}
+/// The signed code of zero: smaller ones are negative.
+const ZERO: u8 = 127;
