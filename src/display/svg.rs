@@ -118,12 +118,13 @@ impl Frame {
             .y_label_area_size(area(54, !self.y_label.is_empty()))
             .build_cartesian_2d(sane(self.x.clone()), sane(self.y.clone()))
             .ok()?;
+        let grid = if self.y_label.is_empty() { 0.0 } else { 0.12 };
         let text = |alpha: f64| ("sans-serif", FONT).into_font().color(&TEXT.mix(alpha));
         chart
             .configure_mesh()
             .disable_x_mesh()
             .light_line_style(TRANSPARENT)
-            .bold_line_style(TEXT.mix(0.12).stroke_width(SCALE))
+            .bold_line_style(TEXT.mix(grid).stroke_width(SCALE))
             .axis_style(TEXT.mix(0.3).stroke_width(SCALE))
             .label_style(text(0.7))
             .axis_desc_style(text(0.85))

@@ -21,7 +21,7 @@ pub struct SchemeReport {
 }
 
 /// The 4-bit schemes on one tensor; made by [`compare`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Comparison {
     /// The shape of the tensor.
     pub shape: Vec<usize>,

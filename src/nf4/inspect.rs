@@ -76,7 +76,7 @@ impl SerializedBytes {
 }
 
 /// A 4-bit tensor looked at from inside; made by [`Nf4Tensor::inspect`] and [`Nf4Tensor::inspect_against`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Inspection {
     /// The sixteen values.
     pub code: [f32; 16],

@@ -5,7 +5,7 @@ use crate::train::Optim;
 use crate::{Error, Result};
 
 /// A plan on a card.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Fit {
     /// The card.
     pub gpu: Gpu,
@@ -31,6 +31,15 @@ pub struct Change {
     pub needed_bytes: u64,
     /// The configuration with it: [`MemoryPlan::new`] builds the plan.
     pub config: PlanConfig,
+}
+
+/// A plan on every known card.
+#[derive(Clone)]
+pub struct FitTable {
+    /// What was planned, e.g. `QLoRA of mistral-7b-v0.1`.
+    pub plan: String,
+    /// One for each card, by memory; without suggestions.
+    pub fits: Vec<Fit>,
 }
 
 /// A plan chosen for a card, and why.
@@ -74,8 +83,9 @@ impl MemoryPlan {
     }
 
     /// The plan on every known card, by memory; without suggestions.
-    pub fn on_known_gpus(&self) -> Vec<Fit> {
-        Gpu::presets().into_iter().map(|gpu| self.on(gpu)).collect()
+    pub fn on_known_gpus(&self) -> FitTable {
+        let plan = format!("{} of {}", self.config().method.label(), self.spec().name);
+        FitTable { plan, fits: Gpu::presets().into_iter().map(|gpu| self.on(gpu)).collect() }
     }
 
     fn on(&self, gpu: Gpu) -> Fit {

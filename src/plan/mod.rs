@@ -15,7 +15,7 @@ mod scratch;
 
 pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
 pub use gpu::Gpu;
-pub use fit::{Change, Fit, Fitted};
+pub use fit::{Change, Fit, FitTable, Fitted};
 pub use config::{Checkpointing, Method, PlanConfig};
 #[cfg(test)]
 pub(crate) use memory::of_ops;

@@ -9,7 +9,7 @@ use tunebook::display::{Card, Cell, MimeBundle, Show, Sink, Table, bundle, reset
 use tunebook::generate::{Generation, StopReason};
 use tunebook::lora::{MergeBase, MergeCost, MergeReport, ModuleMerge, discover};
 use tunebook::model::{Base, ModelSpec};
-use tunebook::nf4::{Nf4Config, derive_levels};
+use tunebook::nf4::{self, Nf4Config, derive_levels};
 use tunebook::plan::{Estimate, EstimateConfig, Gpu, MemoryPlan};
 use tunebook::train::{EvalReport, Metrics, Run, StepReport, TrainConfig};
 
@@ -192,6 +192,36 @@ example 4: 4 tokens, 2 trained on
 Say hi:
 ⟦ hi</s>⟧
 ");
+}
+
+#[test]
+fn an_inspection_as_text() {
+    // One block: every level exactly once, four times over.
+    let levels = nf4::QuantType::Nf4.code();
+    let values: Vec<f32> = levels.iter().cycle().take(64).map(|l| 2.0 * l).collect();
+    let t = candle_core::Tensor::from_vec(values, (4, 16), &candle_core::Device::Cpu).unwrap();
+    let config = Nf4Config { double_quant: false, ..Nf4Config::default() };
+    let inspection = nf4::quantize(&t, config).unwrap().inspect_against(&t).unwrap();
+    let shown = bundle(&inspection);
+    let lines: Vec<&str> = shown.text.lines().collect();
+    assert_eq!(lines[0], "4-bit tensor of 64 elements");
+    for line in [
+        "entropy of the codes    4.000 of 4 bits",
+        "error / weight (norms)  0.0 %",
+        "signal to noise (SQNR)  inf dB",
+        "code    value  elements  share",
+        "   7   0.0000         4  6.2 %  ████████████████████████",
+        "  15   1.0000         4  6.2 %  ████████████████████████",
+        "packed codes     32          4.00000  two elements per byte",
+        "absmax            4          0.50000  one f32 per block",
+    ] {
+        assert!(lines.contains(&line), "{line}\n{}", shown.text);
+    }
+    assert_eq!(shown.html.matches("<svg").count(), 3, "levels, scales, blocks");
+    stands_alone(&shown);
+    let comparison = bundle(&nf4::compare(&t, 64).unwrap());
+    assert!(comparison.text.contains("\nnf4 ") && comparison.text.contains("\nint4 + nested "), "{}", comparison.text);
+    stands_alone(&comparison);
 }
 
 #[test]
@@ -384,6 +414,23 @@ fn a_plan_adds_up_in_its_display() {
     assert!(shown.text.contains("operations of one micro-step: forward to the loss, then backward."));
     assert_eq!(format!("{plan:?}"), shown.text);
     assert!(format!("{plan:#?}").contains("arena_bytes:"));
+}
+
+#[test]
+fn a_plan_on_cards_as_text() {
+    let plan = MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
+    let table = bundle(&plan.on_known_gpus());
+    assert!(table.text.starts_with("QLoRA of mistral-7b-v0.1 on known cards\nthe smallest card that it fits is "), "{}", table.text);
+    assert_eq!(table.text.matches("fits  ").count() + table.text.matches("✗ too small").count(), Gpu::presets().len());
+    stands_alone(&table);
+    let fits = plan.fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
+    assert!(bundle(&fits).text.starts_with("✓ fits on rtx-4090\n"));
+    let small = plan.fits(Gpu::preset("rtx-2060").unwrap()).unwrap();
+    let shown = bundle(&small);
+    assert!(shown.text.starts_with("✗ does not fit on rtx-2060\n") && shown.text.contains(" missing\n"), "{}", shown.text);
+    assert_eq!(shown.text.contains("The cheapest changes"), !small.changes.is_empty());
+    assert_eq!(format!("{small:?}"), shown.text);
+    stands_alone(&shown);
 }
 
 /// A sink that keeps what it is sent.
