@@ -44,3 +44,13 @@ mod estimate;
 mod display;
 #[path = "suite/real_run.rs"]
 mod real_run;
+#[path = "suite/autograd.rs"]
+mod autograd;
+#[path = "suite/oracle.rs"]
+mod oracle;
+#[path = "suite/oracle_models.rs"]
+mod oracle_models;
+#[path = "suite/determinism.rs"]
+mod determinism;
+#[path = "suite/engine_errors.rs"]
+mod engine_errors;

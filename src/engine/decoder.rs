@@ -39,6 +39,14 @@ impl Decoder for Engine {
                 .found((position + tokens.len()).to_string())
                 .next("plan with .context(n), shorten the prompt, or generate fewer tokens"));
         }
+        // Before anything is computed: a refused text leaves the cache as it was.
+        let vocab = self.vocab_size();
+        if let Some(token) = tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::new("a token is outside the vocabulary")
+                .expected(format!("below {vocab}"))
+                .found(token.to_string())
+                .next("use the model's own tokenizer"));
+        }
         self.ops.state.training = false;
         for piece in tokens.chunks(prompt_piece(self.plan.config())) {
             let n = piece.len() as u32;
@@ -47,7 +55,7 @@ impl Decoder for Engine {
                 input_ids: piece.to_vec(),
                 positions: (first..first + n).collect(),
                 cu_seqlens: vec![0, n],
-                labels: Vec::new(),
+                labels: vec![crate::data::IGNORE_INDEX; piece.len()],
                 examples: vec![0],
             })?;
             self.execute(Phase::Generate)?;

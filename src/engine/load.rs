@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Engine;
-use super::ops::{TensorId, Weight};
+use super::ops::{Lora, TensorId, Weight};
 use crate::lora::{Adapter, LoraPair};
 use crate::model::Base;
 use crate::nf4::{Absmax, Nf4Tensor, quantize};
@@ -52,13 +52,32 @@ impl Engine {
 
     fn check_base(&self, base: &Base) -> Result<()> {
         let (a, b) = (self.plan.spec(), base.spec());
-        let shape = |s: &crate::model::ModelSpec| s.tensors();
-        if shape(a) != shape(b) {
+        let next = "plan with the spec of this base: MemoryPlan::qlora(base.spec())";
+        if a.tensors() != b.tensors() {
             return Err(Error::new("the base has another shape than the plan's model")
                 .at_path(base.dir())
                 .expected(format!("{} ({} parameters)", a.name, a.total_params()))
                 .found(format!("{} ({} parameters)", b.name, b.total_params()))
-                .next("plan with the spec of this base: MemoryPlan::qlora(base.spec())"));
+                .next(next));
+        }
+        // What changes the arithmetic and not the shapes.
+        let fields = |s: &crate::model::ModelSpec| {
+            [
+                ("num_attention_heads", format!("{} of {}", s.num_attention_heads, s.head_dim)),
+                ("rms_norm_eps", s.rms_norm_eps.to_string()),
+                ("rope_theta", s.rope_theta.to_string()),
+                ("rope_scaling", format!("{:?}", s.rope_scaling)),
+                ("sliding_window", format!("{:?}", s.sliding_window)),
+            ]
+        };
+        let differs = fields(a).into_iter().zip(fields(b)).find(|(a, b)| a != b);
+        if let Some(((field, expected), (_, found))) = differs {
+            return Err(Error::new("the base computes in another way than the plan's model")
+                .at(field)
+                .at_path(base.dir())
+                .expected(expected)
+                .found(found)
+                .next(next));
         }
         base.validate()
     }
@@ -121,7 +140,7 @@ impl Engine {
     /// The adapter as it is now.
     pub fn adapter_pairs(&self) -> Vec<(String, LoraPair)> {
         let layout = self.plan.layout();
-        let pair = |lora: &super::ops::Lora| {
+        let pair = |lora: &Lora| {
             let shape = |id: TensorId| self.plan.regions()[id.index()].shape.clone();
             LoraPair {
                 a: self.ops.read::<f32>(lora.a),
@@ -146,28 +165,37 @@ impl Engine {
                 .at(extra.clone())
                 .next("plan with the adapter's own configuration: .adapter(LoraConfig of the adapter)"));
         }
-        for (name, lora) in adapters {
-            let Some(pair) = adapter.tensors.get(&name) else {
-                return Err(Error::new("the adapter lacks a module that the plan adapts").at(name));
+        for (name, lora) in &adapters {
+            let Some(pair) = adapter.tensors.get(name) else {
+                return Err(Error::new("the adapter lacks a module that the plan adapts").at(name.clone()));
             };
-            let (a, b) = (self.ops.write::<f32>(lora.a).len(), self.ops.write::<f32>(lora.b).len());
-            if pair.r != lora.r || pair.a.len() != a || pair.b.len() != b {
-                return Err(Error::new("the adapter's matrices have other shapes than the plan's")
-                    .at(name)
-                    .expected(format!("r = {}, {a} and {b} elements", lora.r))
-                    .found(format!("r = {}, {} and {} elements", pair.r, pair.a.len(), pair.b.len())));
-            }
-            let scaling = f64::from(lora.scaling);
-            if (pair.scaling - scaling).abs() > 1e-6 * scaling.abs() {
-                return Err(Error::new("the adapter is scaled in another way than the plan's")
-                    .at(name)
-                    .expected(scaling.to_string())
-                    .found(pair.scaling.to_string()));
-            }
+            self.check_pair(lora, pair).map_err(|e| e.at(name.clone()))?;
+        }
+        // Only now, so that half an adapter is never taken.
+        for (lora, pair) in adapters.values().zip(adapter.tensors.values()) {
             self.ops.write::<f32>(lora.a).copy_from_slice(&pair.a);
             self.ops.write::<f32>(lora.b).copy_from_slice(&pair.b);
         }
         self.cached = None;
+        Ok(())
+    }
+
+    fn check_pair(&self, lora: &Lora, pair: &LoraPair) -> Result<()> {
+        let numel = |id: TensorId| self.plan.regions()[id.index()].numel();
+        let (a, b) = (numel(lora.a), numel(lora.b));
+        if pair.r != lora.r || pair.a.len() != a || pair.b.len() != b {
+            return Err(Error::new("the adapter's matrices have other shapes than the plan's")
+                .expected(format!("r = {}, {a} and {b} elements", lora.r))
+                .found(format!("r = {}, {} and {} elements", pair.r, pair.a.len(), pair.b.len()))
+                .next("plan with the adapter's own r; if it differs between modules, merge first: lora::merge"));
+        }
+        let scaling = f64::from(lora.scaling);
+        if (pair.scaling - scaling).abs() > 1e-6 * scaling.abs() {
+            return Err(Error::new("the adapter is scaled in another way than the plan's")
+                .expected(scaling.to_string())
+                .found(pair.scaling.to_string())
+                .next("plan with the adapter's own lora_alpha; if it differs between modules, merge first: lora::merge"));
+        }
         Ok(())
     }
 

@@ -224,6 +224,16 @@ impl Engine {
                 e.next("plan with a larger .batch() or .seq(), or use fewer or shorter examples")
             });
         }
+        // The fields are public: kernels trust them from here on.
+        let (n, ends) = (batch.tokens(), &batch.cu_seqlens);
+        if batch.positions.len() != n || batch.labels.len() != n {
+            let found = format!("{} positions, {} labels", batch.positions.len(), batch.labels.len());
+            return beyond("parts of different lengths", format!("{n} of each, as tokens"), found);
+        }
+        if ends.first() != Some(&0) || ends.last() != Some(&(n as u32)) || ends.windows(2).any(|w| w[0] >= w[1]) {
+            let expected = format!("cu_seqlens rising from 0 to {n}");
+            return beyond("examples that do not cover its tokens", expected, format!("{ends:?}"));
+        }
         if let Some(id) = batch.input_ids.iter().find(|&&id| id as usize >= spec.vocab_size) {
             return beyond("a token outside the vocabulary", format!("below {}", spec.vocab_size), id.to_string());
         }

@@ -130,6 +130,12 @@ impl PlanConfig {
         if self.micro_batch_size.checked_mul(self.max_seq_length).is_none_or(|t| t > 1 << 28) {
             return bad("batch, seq", "at most 2^28 tokens", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
         }
+        if let Some(n) = self.max_context
+            && (n == 0 || n > spec.max_position_embeddings)
+        {
+            let expected = format!("1 to max_position_embeddings = {}", spec.max_position_embeddings);
+            return bad("context", &expected, n.to_string());
+        }
         if self.ce_chunk == 0 {
             return bad("ce_chunk", "at least 1 row", "0".into());
         }

@@ -75,6 +75,12 @@ impl CpuOps {
                 .found(format!("{:?}", plan.config().compute_dtype))
                 .next("add `.cpu()` to the plan's builder"));
         }
+        if plan.spec().head_dim > rotary::MAX_HEAD_DIM {
+            return Err(Error::new("the heads are wider than the CPU backend's tiles")
+                .at("head_dim")
+                .expected(format!("at most {}", rotary::MAX_HEAD_DIM))
+                .found(plan.spec().head_dim.to_string()));
+        }
         let arena = Arena::new(plan.arena_bytes())?;
         let host = Arena::new(plan.host_bytes())?;
         let capacity = plan.config().capacity();
