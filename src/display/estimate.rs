@@ -5,9 +5,6 @@ use super::units::{ByteUnit, bytes, count, short_bytes};
 use super::{Card, Cell, Show, Table, Tone, shown};
 use crate::plan::{Estimate, Gpu, Part};
 
-const PARTS: [Part; 7] =
-    [Part::Weights, Part::Adapter, Part::Gradients, Part::Optimizer, Part::Activations, Part::Logits, Part::Workspace];
-
 /// The colour of a part; the same as that of the same stage of a memory plan.
 pub(super) fn part_colour(part: Part) -> usize {
     match part {
@@ -56,7 +53,7 @@ fn moments_chart(e: &Estimate) -> String {
             let bytes: u64 = e.components.iter().filter(|c| c.part == part).filter_map(|c| c.live.get(i)).sum();
             Segment { name: part.name().to_owned(), value: unit.value(bytes), colour: part_colour(part) }
         };
-        Bar { name: moment.name.clone(), segments: PARTS.into_iter().map(part).collect() }
+        Bar { name: moment.name.clone(), segments: Part::ALL.into_iter().map(part).collect() }
     };
     let bars: Vec<Bar> = e.moments.iter().enumerate().map(bar).collect();
     stacked_bars(&bars, &[], unit.decimal, "memory by part at each moment of a step")
@@ -72,7 +69,7 @@ fn components(e: &Estimate) -> Table {
         t = t.numbers(moment.name.trim_start_matches("backward of "), unit.decimal);
     }
     t = t.words("how");
-    for part in PARTS {
+    for part in Part::ALL {
         for c in e.components.iter().filter(|c| c.part == part) {
             let mut cells = vec![Cell::new(&c.name).swatch(part_colour(part))];
             cells.extend(c.live.iter().enumerate().map(|(i, &b)| live(unit, b, i == peak)));

@@ -76,7 +76,11 @@ fn row(fit: &Fit, unit: ByteUnit) -> [Cell; 7] {
     let margin = fit.margin_bytes();
     let sign = if margin < 0 { "-" } else { "" };
     let share = fit.needed_bytes as f64 / fit.gpu.total_bytes.max(1) as f64;
-    let (text, tone) = if fit.fits() { ("✓ fits", Tone::Good) } else { ("✗ too small", Tone::Bad) };
+    let (text, tone) = match (fit.fits(), fit.gpu.has_bf16()) {
+        (true, true) => ("✓ fits", Tone::Good),
+        (true, false) => ("✓ fits, but no bf16", Tone::Muted),
+        (false, _) => ("✗ too small", Tone::Bad),
+    };
     [
         Cell::new(&fit.gpu.name),
         unit.binary(fit.gpu.total_bytes).into(),

@@ -14,6 +14,7 @@ pub mod html;
 mod inspect;
 mod lora;
 mod merge;
+mod methods;
 mod model;
 mod nf4;
 mod plan;

@@ -73,9 +73,9 @@ fn peak_bar(plan: &MemoryPlan, unit: ByteUnit) -> String {
     stacked_bars(&[bar], &cards(plan.arena_bytes(), unit), unit.decimal, "the arena by stage, where most is alive")
 }
 
-/// The largest usual card that is too small and the smallest that fits, as marks.
+/// The smallest card that it fits, as a mark.
 fn cards(arena: u64, unit: ByteUnit) -> Vec<(f64, String)> {
-    let fits = Gpu::presets().into_iter().find(|g| g.usable_bytes() >= arena);
+    let fits = Gpu::presets().into_iter().find(|g| g.has_bf16() && g.usable_bytes() >= arena);
     let mark = |g: Gpu| (unit.value(g.usable_bytes()), g.name);
     // Far beyond the bar a mark would only shrink it.
     fits.filter(|g| g.usable_bytes() < 2 * arena).map(mark).into_iter().collect()

@@ -9,6 +9,7 @@ pub mod estimate;
 mod fit;
 pub mod gpu;
 mod memory;
+mod methods;
 mod pack;
 mod region;
 mod scratch;
@@ -20,6 +21,7 @@ pub use config::{Checkpointing, Method, PlanConfig};
 #[cfg(test)]
 pub(crate) use memory::of_ops;
 pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};
+pub use methods::{MethodRow, MethodTable};
 pub use pack::ALIGNMENT;
 pub use region::{Lifetime, Phase, Region, Space, Stage};
 pub use scratch::scratch_bytes;

@@ -433,6 +433,24 @@ fn a_plan_on_cards_as_text() {
     stands_alone(&shown);
 }
 
+#[test]
+fn every_method_side_by_side() {
+    let plan = MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
+    let table = plan.methods().unwrap();
+    let qlora = &table.rows[3];
+    assert_eq!((qlora.name.as_str(), qlora.plan.arena_bytes()), ("QLoRA", plan.arena_bytes()));
+    // 8 bytes per parameter are the same bytes everywhere.
+    let full = &table.rows[0];
+    assert!(full.plan.arena_bytes() > 8 * 7_241_732_096 && full.estimate.total > 8 * 7_241_732_096);
+    let shown = bundle(&table);
+    for row in &table.rows {
+        let line = shown.text.lines().find(|l| l.starts_with(&format!("{}  ", row.name))).unwrap();
+        assert!(line.contains(&format!("{:.3}", row.plan.arena_bytes() as f64 / 1e9)), "{line}");
+        assert!(line.contains(&format!("{:.3}", row.estimate.total as f64 / 1e9)), "{line}");
+    }
+    stands_alone(&shown);
+}
+
 /// A sink that keeps what it is sent.
 struct Log(Arc<Mutex<Vec<String>>>, bool);
 
