@@ -421,7 +421,7 @@ fn a_plan_on_cards_as_text() {
     let plan = MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
     let table = bundle(&plan.on_known_gpus());
     assert!(table.text.starts_with("QLoRA of mistral-7b-v0.1 on known cards\nthe smallest card that it fits is "), "{}", table.text);
-    assert_eq!(table.text.matches("fits  ").count() + table.text.matches("✗ too small").count(), Gpu::presets().len());
+    assert_eq!(table.text.matches("✓ fits").count() + table.text.matches("✗ too small").count(), Gpu::presets().len());
     stands_alone(&table);
     let fits = plan.fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
     assert!(bundle(&fits).text.starts_with("✓ fits on rtx-4090\n"));
