@@ -61,7 +61,10 @@ impl Show for DataReport {
             ("cut to max_length", count(self.truncated.len() as u64)),
         ];
         if self.merged_boundaries > 0 {
-            facts.push(("prompt and completion share a token", format!("{} rows", count(self.merged_boundaries as u64))));
+            facts.push((
+                "prompt and completion share a token",
+                format!("{} rows", count(self.merged_boundaries as u64)),
+            ));
         }
         if self.unk_tokens > 0 {
             facts.push(("unknown tokens", count(self.unk_tokens as u64)));
@@ -124,7 +127,8 @@ impl Show for Batch {
             ("longest example", format!("{} tokens", count(self.max_len() as u64))),
         ]);
         let lengths: Vec<String> = self.cu_seqlens.iter().map(u32::to_string).collect();
-        card.facts([("cu_seqlens", short(&lengths.join(" "), LETTERS))]).note("BatchView::new(&batch, &tokenizer) shows its text.")
+        card.facts([("cu_seqlens", short(&lengths.join(" "), LETTERS))])
+            .note("BatchView::new(&batch, &tokenizer) shows its text.")
     }
 }
 
@@ -149,13 +153,23 @@ fn view_html(view: &BatchView) -> String {
     );
     let examples = by_example(view);
     for tokens in examples.iter().take(EXAMPLES) {
-        write!(out, "<div class=\"tb-sub tb-next\">{}</div><div class=\"tb-text\">", escape(&example_title(view, tokens))).ok();
+        write!(
+            out,
+            "<div class=\"tb-sub tb-next\">{}</div><div class=\"tb-text\">",
+            escape(&example_title(view, tokens))
+        )
+        .ok();
         for t in tokens.iter().take(TOKENS) {
             // `mark` still marks where a page shows the HTML without its style.
             let (tag, class) = if t.trained { ("mark", "tb-on") } else { ("span", "tb-off") };
             // The line break is shown, and still breaks the line.
             let text = escape(&t.text).replace('\n', "⏎\n");
-            write!(out, "<{tag} class=\"tb-tok {class}\" title=\"id {}, position {}\">{text}</{tag}>", t.id, t.position).ok();
+            write!(
+                out,
+                "<{tag} class=\"tb-tok {class}\" title=\"id {}, position {}\">{text}</{tag}>",
+                t.id, t.position
+            )
+            .ok();
         }
         if tokens.len() > TOKENS {
             write!(out, " … {} more tokens", tokens.len() - TOKENS).ok();
@@ -169,7 +183,8 @@ fn view_html(view: &BatchView) -> String {
 }
 
 fn example_title(view: &BatchView, tokens: &[TokenView]) -> String {
-    let index = tokens.first().and_then(|t| view.examples.get(t.example)).map_or_else(|| "?".to_owned(), usize::to_string);
+    let index =
+        tokens.first().and_then(|t| view.examples.get(t.example)).map_or_else(|| "?".to_owned(), usize::to_string);
     let trained = tokens.iter().filter(|t| t.trained).count();
     format!("example {index}: {} tokens, {trained} trained on", tokens.len())
 }
@@ -182,7 +197,11 @@ fn view_text(view: &BatchView) -> String {
         write!(out, "\n\n{}\n", example_title(view, tokens)).ok();
         for run in tokens[..tokens.len().min(TOKENS)].chunk_by(|a, b| a.trained == b.trained) {
             let text: String = run.iter().map(|t| t.text.as_str()).collect();
-            if run[0].trained { write!(out, "⟦{text}⟧").ok() } else { write!(out, "{text}").ok() };
+            if run[0].trained {
+                write!(out, "⟦{text}⟧").ok()
+            } else {
+                write!(out, "{text}").ok()
+            };
         }
         if tokens.len() > TOKENS {
             write!(out, " … {} more tokens", tokens.len() - TOKENS).ok();

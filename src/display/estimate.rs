@@ -39,10 +39,15 @@ impl Show for Estimate {
             facts.push(("trained parameters", count(self.trainable_params)));
         }
         if self.paged_bytes > 0 {
-            facts.push(("paged optimizer state", format!("{}, unified memory that the allocator does not see", bytes(self.paged_bytes))));
+            facts.push((
+                "paged optimizer state",
+                format!("{}, unified memory that the allocator does not see", bytes(self.paged_bytes)),
+            ));
         }
         card = card.facts(facts);
-        card.note("An estimate: the CUDA context and what PyTorch's allocator reserves beyond what it uses come on top.")
+        card.note(
+            "An estimate: the CUDA context and what PyTorch's allocator reserves beyond what it uses come on top.",
+        )
     }
 }
 

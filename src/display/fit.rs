@@ -41,7 +41,11 @@ fn bar(fit: &Fit) -> String {
 }
 
 fn changes(fit: &Fit) -> Table {
-    let mut t = Table::new().caption("The cheapest changes that make it fit").words("change").numbers("then needs", "").words("cost");
+    let mut t = Table::new()
+        .caption("The cheapest changes that make it fit")
+        .words("change")
+        .numbers("then needs", "")
+        .words("cost");
     for c in &fit.changes {
         t.row([Cell::new(&c.what).code(), short_bytes(c.needed_bytes).into(), Cell::new(&c.cost).tone(Tone::Muted)]);
     }

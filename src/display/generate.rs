@@ -1,7 +1,7 @@
 //! How a generated text shows itself: what was given muted, what the model wrote marked.
 
-use super::html::escape;
 use super::data::short;
+use super::html::escape;
 use super::units::{count, number, percent, seconds};
 use super::{Card, Cell, Show, Table, Tone, shown};
 use crate::generate::{ExactMatch, Generation};

@@ -125,7 +125,9 @@ fn cell(cell: &Cell) -> String {
         let width = 160.0 * share;
         return format!("<i class=\"tb-bar\" style=\"width:{width:.1}px;background:{}\"></i>", self::colour(colour));
     }
-    let swatch = cell.swatch.map_or_else(String::new, |c| format!("<i class=\"tb-key\" style=\"background:{}\"></i>", colour(c)));
+    let swatch = cell
+        .swatch
+        .map_or_else(String::new, |c| format!("<i class=\"tb-key\" style=\"background:{}\"></i>", colour(c)));
     let text = escape(&cell.text);
     if cell.code { format!("{swatch}<code>{text}</code>") } else { format!("{swatch}{text}") }
 }

@@ -109,7 +109,8 @@ fn blocks(e: &ErrorReport) -> (String, String, String) {
     let worst = |b: &[BlockError]| b.iter().map(|b| f64::from(b.mse)).fold(0.0, f64::max);
     let values: Vec<f64> = e.blocks.chunks(group).map(worst).collect();
     let of = if group > 1 { format!("the worst of {group} blocks") } else { "one block".to_owned() };
-    let caption = format!("Mean squared error by block, from faint (least) to full. A cell is {of}; left to right, then down.");
+    let caption =
+        format!("Mean squared error by block, from faint (least) to full. A cell is {of}; left to right, then down.");
     let svg = heat(&values, COLUMNS.min(values.len().max(1)), 3, "mean squared error by block");
     (svg, caption, text::sparkline(&values, COLUMNS))
 }
@@ -138,7 +139,12 @@ fn worst(e: &ErrorReport) -> Table {
 
 fn sizes(i: &Inspection) -> Table {
     let (b, n) = (&i.bytes, i.usage.iter().sum::<u64>().max(1) as f64);
-    let mut t = Table::new().caption("Bytes in a file").words("part").numbers("bytes", "").numbers("bits per weight", "").words("");
+    let mut t = Table::new()
+        .caption("Bytes in a file")
+        .words("part")
+        .numbers("bytes", "")
+        .numbers("bits per weight", "")
+        .words("");
     let rows = [
         ("packed codes", b.packed, "two elements per byte"),
         ("absmax", b.absmax, if b.nested_absmax > 0 { "one byte per block" } else { "one f32 per block" }),
@@ -151,7 +157,12 @@ fn sizes(i: &Inspection) -> Table {
         let bits = format!("{:.5}", 8.0 * bytes as f64 / n);
         t.row([name.into(), count(bytes).into(), bits.into(), Cell::new(what).tone(Tone::Muted)]);
     }
-    t.total(["together".into(), count(b.total()).into(), format!("{:.5}", i.bits_per_weight).into(), bytes(b.total()).into()]);
+    t.total([
+        "together".into(),
+        count(b.total()).into(),
+        format!("{:.5}", i.bits_per_weight).into(),
+        bytes(b.total()).into(),
+    ]);
     t
 }
 
@@ -167,7 +178,10 @@ impl Show for ErrorReport {
         if let Some(share) = self.nested_share {
             facts.push(("of the error, due to nesting", format!("{:.2} %", 100.0 * share)));
         }
-        Card::new(format!("Error over {} blocks", count(self.blocks.len() as u64))).facts(facts).figure(svg, caption, text).table(worst(self))
+        Card::new(format!("Error over {} blocks", count(self.blocks.len() as u64)))
+            .facts(facts)
+            .figure(svg, caption, text)
+            .table(worst(self))
     }
 }
 
@@ -183,14 +197,19 @@ impl Show for Comparison {
             .numbers("entropy", "bits")
             .numbers("bits per weight", "");
         let relative = |s: &SchemeReport| s.inspection.error.as_ref().map_or(0.0, |e| e.relative);
-        let (least, most) = self.schemes.iter().map(relative).fold((f64::INFINITY, 0.0_f64), |(l, h), v| (l.min(v), h.max(v)));
+        let (least, most) =
+            self.schemes.iter().map(relative).fold((f64::INFINITY, 0.0_f64), |(l, h), v| (l.min(v), h.max(v)));
         for (i, s) in self.schemes.iter().enumerate() {
             t.row(scheme(s, i / 2, most, relative(s) == least));
         }
         Card::new(format!("4-bit schemes on a tensor {:?}", self.shape))
             .subtitle(format!("blocks of {} elements", self.blocksize))
             .table(t)
-            .figure(level_rows(&self.schemes), format!("The levels that were used, from the top: {}.", names(&self.schemes)), "")
+            .figure(
+                level_rows(&self.schemes),
+                format!("The levels that were used, from the top: {}.", names(&self.schemes)),
+                "",
+            )
     }
 }
 
@@ -232,7 +251,10 @@ fn level_rows(schemes: &[SchemeReport]) -> String {
             all.push(Line { width: 25, ..Line::new(vec![(x, y - 0.3), (x, y + 0.3)], row) });
         }
     }
-    let mut frame = Frame::around([-1.2, 1.05], []).labels("level", "").size(720, 44 + 26 * plain.len() as u32).alt("the levels of each scheme");
+    let mut frame = Frame::around([-1.2, 1.05], [])
+        .labels("level", "")
+        .size(720, 44 + 26 * plain.len() as u32)
+        .alt("the levels of each scheme");
     frame.y = 0.0..plain.len() as f64;
     lines(&frame, &all, &[])
 }

@@ -11,7 +11,12 @@ const RANKS: [usize; 4] = [8, 16, 64, 256];
 impl Show for Discovery {
     fn card(&self) -> Card {
         let all = self.matched.len() + self.unmatched.len() + self.excluded.len();
-        let subtitle = format!("{} matches {} of {} linear modules", self.targets, count(self.matched.len() as u64), count(all as u64));
+        let subtitle = format!(
+            "{} matches {} of {} linear modules",
+            self.targets,
+            count(self.matched.len() as u64),
+            count(all as u64)
+        );
         Card::new(format!("LoRA targets in {}", self.model)).subtitle(subtitle).table(groups(self)).table(ranks(self))
     }
 }
@@ -29,7 +34,14 @@ fn groups(d: &Discovery) -> Table {
     for g in &groups {
         t.row(group(g, most));
     }
-    t.total(["together".into(), count(d.matched.len() as u64).into(), "".into(), "".into(), count(d.params(1)).into(), "".into()]);
+    t.total([
+        "together".into(),
+        count(d.matched.len() as u64).into(),
+        "".into(),
+        "".into(),
+        count(d.params(1)).into(),
+        "".into(),
+    ]);
     t
 }
 
@@ -61,7 +73,12 @@ fn ranks(d: &Discovery) -> Table {
     for r in RANKS {
         let params = d.params(r);
         let share = params as f64 / (params + d.base_params).max(1) as f64;
-        t.row([r.to_string().into(), count(params).into(), format!("{:.4} %", 100.0 * share).into(), bytes(4 * params).into()]);
+        t.row([
+            r.to_string().into(),
+            count(params).into(),
+            format!("{:.4} %", 100.0 * share).into(),
+            bytes(4 * params).into(),
+        ]);
     }
     t
 }

@@ -97,7 +97,8 @@ fn layers(report: &MergeReport) -> Table {
 fn layer_cells(name: String, layer: &LayerMerge, chosen: usize) -> Vec<Cell> {
     let ratio = layer.norm_delta / layer.norm_w;
     let ratio = if ratio.is_finite() { format!("{:.2} %", 100.0 * ratio) } else { "-".to_owned() };
-    let mut cells: Vec<Cell> = vec![name.into(), number(layer.norm_w, 4).into(), number(layer.norm_delta, 4).into(), ratio.into()];
+    let mut cells: Vec<Cell> =
+        vec![name.into(), number(layer.norm_w, 4).into(), number(layer.norm_delta, 4).into(), ratio.into()];
     for (i, cost) in costs(layer).into_iter().enumerate() {
         let [kept, _, distance] = values(cost);
         let tone = if i == chosen { Tone::Plain } else { Tone::Muted };

@@ -15,7 +15,9 @@ impl Show for MethodTable {
         let bars: Vec<Bar> = self
             .rows
             .iter()
-            .flat_map(|r| [ours(&r.plan, unit, format!("{}: here", r.name)), theirs(&r.estimate, unit, "elsewhere".into())])
+            .flat_map(|r| {
+                [ours(&r.plan, unit, format!("{}: here", r.name)), theirs(&r.estimate, unit, "elsewhere".into())]
+            })
             .collect();
         Card::new(format!("Every method on {}", self.model))
             .subtitle(format!("{} x {} tokens", self.micro_batch_size, self.seq))

@@ -68,7 +68,13 @@ fn parts(spec: &ModelSpec) -> Table {
     ];
     for (name, params, colour, qlora) in rows {
         let share = params as f64 / total as f64;
-        let cells = [name.into(), count(params).into(), percent(share).into(), Cell::bar(share, colour), Cell::new(qlora).tone(Tone::Muted)];
+        let cells = [
+            name.into(),
+            count(params).into(),
+            percent(share).into(),
+            Cell::bar(share, colour),
+            Cell::new(qlora).tone(Tone::Muted),
+        ];
         t.row(cells);
     }
     t.total([Cell::new("together"), count(spec.total_params()).into(), "100.0 %".into(), "".into(), "".into()]);
@@ -90,14 +96,22 @@ impl Show for Checkpoint {
         let card = Card::new(format!("Checkpoint of {} tensors", count(names.len() as u64)))
             .subtitle(format!("{}, {} in {} file(s)", self.path().display(), bytes(self.bytes()), self.shards().len()))
             .table(t);
-        if names.len() > TENSORS { card.note(format!("… {} more", count((names.len() - TENSORS) as u64))) } else { card }
+        if names.len() > TENSORS {
+            card.note(format!("… {} more", count((names.len() - TENSORS) as u64)))
+        } else {
+            card
+        }
     }
 }
 
 impl Show for Base {
     fn card(&self) -> Card {
         let stored = match self.quantization() {
-            Some(q) => format!("4-bit, {}{}", q.bnb_4bit_quant_type, if q.bnb_4bit_use_double_quant { " with nested absmax" } else { "" }),
+            Some(q) => format!(
+                "4-bit, {}{}",
+                q.bnb_4bit_quant_type,
+                if q.bnb_4bit_use_double_quant { " with nested absmax" } else { "" }
+            ),
             None => self.spec().dtype.as_str().to_owned(),
         };
         let mut card = self.spec().card();
@@ -112,7 +126,23 @@ impl Show for Base {
 
 shown!(+ Display Checkpoint, Base);
 shown!(ModelSpec {
-    name, family, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-    num_key_value_heads, head_dim, max_position_embeddings, rms_norm_eps, rope_theta, rope_scaling, sliding_window,
-    tie_word_embeddings, dtype, bos_token_id, eos_token_id, pad_token_id,
+    name,
+    family,
+    vocab_size,
+    hidden_size,
+    intermediate_size,
+    num_hidden_layers,
+    num_attention_heads,
+    num_key_value_heads,
+    head_dim,
+    max_position_embeddings,
+    rms_norm_eps,
+    rope_theta,
+    rope_scaling,
+    sliding_window,
+    tie_word_embeddings,
+    dtype,
+    bos_token_id,
+    eos_token_id,
+    pad_token_id,
 });

@@ -23,7 +23,10 @@ impl Show for Nf4Tensor {
             ("was", format!("{}, {}", self.dtype.as_str(), bytes(before))),
             ("is", bytes(self.bytes())),
             ("per element", format!("{} bits", number(8.0 * self.bytes() as f64 / n, 6))),
-            ("packed", format!("{} bytes, two elements each, the first in the high nibble", count(self.packed.len() as u64))),
+            (
+                "packed",
+                format!("{} bytes, two elements each, the first in the high nibble", count(self.packed.len() as u64)),
+            ),
             ("absmax", absmax),
         ])
     }
@@ -48,21 +51,32 @@ impl Show for LevelDerivation {
             ]);
         }
         Card::new("The sixteen levels of NF4")
-            .subtitle(format!("quantiles of the normal distribution up to probability {}, divided by the largest", self.offset))
-            .figure(density(self), "The normal density and the levels: equal steps of probability are narrow where weights are many.", "")
+            .subtitle(format!(
+                "quantiles of the normal distribution up to probability {}, divided by the largest",
+                self.offset
+            ))
+            .figure(
+                density(self),
+                "The normal density and the levels: equal steps of probability are narrow where weights are many.",
+                "",
+            )
             .table(t)
     }
 }
 
 fn density(d: &LevelDerivation) -> String {
     let largest = d.quantiles.iter().copied().fold(0.0, f64::max).max(1e-9);
-    let curve: Vec<(f64, f64)> = (0..=200).map(|i| f64::from(i) / 100.0 - 1.0).map(|x| (x, (-0.5 * (x * largest).powi(2)).exp())).collect();
+    let curve: Vec<(f64, f64)> =
+        (0..=200).map(|i| f64::from(i) / 100.0 - 1.0).map(|x| (x, (-0.5 * (x * largest).powi(2)).exp())).collect();
     let mut all = vec![Line { width: 20, ..Line::new(curve, 0) }];
     for level in d.levels.map(f64::from) {
         let height = (-0.5 * (level * largest).powi(2)).exp();
         all.push(Line::new(vec![(level, 0.0), (level, height)], 1));
     }
-    let frame = Frame::around([-1.05, 1.05], [0.0, 1.0]).from_zero().labels("weight / absmax", "density").alt("normal density with the 16 levels of NF4");
+    let frame = Frame::around([-1.05, 1.05], [0.0, 1.0])
+        .from_zero()
+        .labels("weight / absmax", "density")
+        .alt("normal density with the 16 levels of NF4");
     lines(&frame.size(640, 200), &all, &[])
 }
 

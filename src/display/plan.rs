@@ -84,14 +84,25 @@ fn cards(arena: u64, unit: ByteUnit) -> Vec<(f64, String)> {
 fn peak_caption(plan: &MemoryPlan) -> String {
     let Some(peak) = plan.peak() else { return String::new() };
     let all = plan.program(peak.phase).len();
-    let at = format!("{}, operation {} of {} ({})", peak.phase.label(), peak.index + 1, all, peak.op);
+    let at = format!(
+        "{}, operation {} of {} ({})",
+        peak.phase.label(),
+        count(peak.index as u64 + 1),
+        count(all as u64),
+        peak.op
+    );
     format!("The arena where most is alive: {at}. Allocated once, exact to the byte.")
 }
 
 fn stages(plan: &MemoryPlan, unit: ByteUnit) -> Table {
     let rows = plan.table();
     let (arena, host) = (plan.arena_bytes(), plan.host_bytes());
-    let mut t = Table::new().words("stage").numbers("arena", unit.decimal).numbers("arena", unit.binary).numbers("share", "").words("");
+    let mut t = Table::new()
+        .words("stage")
+        .numbers("arena", unit.decimal)
+        .numbers("arena", unit.binary)
+        .numbers("share", "")
+        .words("");
     if host > 0 {
         t = t.numbers("host", unit.decimal);
     }
@@ -99,7 +110,8 @@ fn stages(plan: &MemoryPlan, unit: ByteUnit) -> Table {
     for row in &rows {
         let (name, colour) = row.stage.map_or(("unused by the placement", UNUSED), |s| (s.label(), stage_colour(s)));
         let share = row.device as f64 / arena.max(1) as f64;
-        let mut cells = vec![Cell::new(name).swatch(colour), unit.decimal(row.device).into(), unit.binary(row.device).into()];
+        let mut cells =
+            vec![Cell::new(name).swatch(colour), unit.decimal(row.device).into(), unit.binary(row.device).into()];
         cells.extend([percent(share).into(), Cell::bar(share, colour)]);
         if host > 0 {
             cells.push(if row.host > 0 { unit.decimal(row.host).into() } else { Cell::new("-").tone(Tone::Muted) });
@@ -108,7 +120,8 @@ fn stages(plan: &MemoryPlan, unit: ByteUnit) -> Table {
         cells.push(Cell::new(regions).tone(Tone::Muted));
         t.row(cells);
     }
-    let mut cells: Vec<Cell> = vec!["arena".into(), unit.decimal(arena).into(), unit.binary(arena).into(), "100.0 %".into(), "".into()];
+    let mut cells: Vec<Cell> =
+        vec!["arena".into(), unit.decimal(arena).into(), unit.binary(arena).into(), "100.0 %".into(), "".into()];
     if host > 0 {
         cells.push(unit.decimal(host).into());
     }
@@ -130,7 +143,10 @@ fn facts(plan: &MemoryPlan) -> Vec<(String, String)> {
         }
     }
     if plan.trainable_params() > 0 {
-        out.push(("trained parameters".to_owned(), format!("{} ({:.4} %)", count(plan.trainable_params()), 100.0 * share)));
+        out.push((
+            "trained parameters".to_owned(),
+            format!("{} ({:.4} %)", count(plan.trainable_params()), 100.0 * share),
+        ));
     }
     out.push(("KV cache".to_owned(), format!("{} tokens", count(plan.max_context() as u64))));
     out

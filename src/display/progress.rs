@@ -43,6 +43,12 @@ impl Show for RunProgress {
         let share = done as f64 / self.total.max(1) as f64;
         bar.row([format!("{} of {}", count(done), count(self.total)).into(), Cell::bar(share, 2)]);
         let goal = if self.last < self.total { format!(", to step {}", count(self.last)) } else { String::new() };
-        curves(Card::new("Training").subtitle(format!("step {} of {}{goal}{left}", count(done), count(self.total))).table(bar), &self.reports, &[])
+        curves(
+            Card::new("Training")
+                .subtitle(format!("step {} of {}{goal}{left}", count(done), count(self.total)))
+                .table(bar),
+            &self.reports,
+            &[],
+        )
     }
 }

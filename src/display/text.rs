@@ -71,7 +71,8 @@ pub fn table(t: &Table) -> String {
         }
     }
     let line = |cells: &[String]| -> String {
-        let padded: Vec<String> = cells.iter().zip(&t.columns).zip(&widths).map(|((c, col), w)| pad(c, *w, col.align)).collect();
+        let padded: Vec<String> =
+            cells.iter().zip(&t.columns).zip(&widths).map(|((c, col), w)| pad(c, *w, col.align)).collect();
         padded.join("  ").trim_end().to_owned()
     };
     let rule = "─".repeat(widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1));
@@ -104,7 +105,7 @@ pub fn bar(share: f64, width: usize) -> String {
     let share = if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 };
     let eighths = (share * (width * 8) as f64).round() as usize;
     let mut out = "█".repeat(eighths / 8);
-    if eighths % 8 > 0 {
+    if !eighths.is_multiple_of(8) {
         out.push(EIGHTHS[eighths % 8]);
     }
     // Something is never shown as nothing.

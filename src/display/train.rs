@@ -3,7 +3,7 @@
 use super::svg::{Frame, Line, lines};
 use super::units::{bytes, count, number, percent, plain, seconds};
 use super::{Card, Cell, Show, Table, shown, text};
-use crate::train::{EvalReport, MicroReport, Metrics, Run, StepReport, Steps, TrainConfig, lr_at};
+use crate::train::{EvalReport, Metrics, MicroReport, Run, StepReport, Steps, TrainConfig, lr_at};
 
 impl Show for StepReport {
     fn card(&self) -> Card {
@@ -72,9 +72,18 @@ impl Show for Metrics {
 
 impl Show for Steps {
     fn card(&self) -> Card {
-        let title = format!("{} steps done, {} of {} in the run", count(self.reports.len() as u64), count(self.step), count(self.total_steps));
+        let title = format!(
+            "{} steps done, {} of {} in the run",
+            count(self.reports.len() as u64),
+            count(self.step),
+            count(self.total_steps)
+        );
         let card = Card::new(title);
-        let card = if self.interrupted { card.subtitle("interrupted: everything is kept, the next call goes on") } else { card };
+        let card = if self.interrupted {
+            card.subtitle("interrupted: everything is kept, the next call goes on")
+        } else {
+            card
+        };
         curves(card, &self.reports, &[])
     }
 }
@@ -88,7 +97,10 @@ impl Show for Run {
             .facts([
                 ("method", format!("{} of {}", self.plan().config().method.label(), self.plan().spec().name)),
                 ("data", format!("{} examples", count(self.dataset().len() as u64))),
-                ("effective batch", format!("{} x {} examples", c.per_device_train_batch_size, c.gradient_accumulation_steps)),
+                (
+                    "effective batch",
+                    format!("{} x {} examples", c.per_device_train_batch_size, c.gradient_accumulation_steps),
+                ),
                 ("learning rate", format!("{} {}, {}", plain(c.learning_rate), c.lr_scheduler_type, c.optim)),
                 ("arena", bytes(self.plan().arena_bytes())),
             ]);
@@ -112,10 +124,16 @@ pub(super) fn curves(card: Card, steps: &[StepReport], evaluations: &[EvalReport
     let time: f64 = steps.iter().map(|r| r.seconds).sum();
     let mut facts = vec![
         ("loss", format!("{:.4} at step {}, {:.4} at step {}", first.loss, first.step, last.loss, last.step)),
-        ("tokens", format!("{} in {}, {} tokens/s", count(tokens), seconds(time), number(tokens as f64 / time.max(1e-12), 4))),
+        (
+            "tokens",
+            format!("{} in {}, {} tokens/s", count(tokens), seconds(time), number(tokens as f64 / time.max(1e-12), 4)),
+        ),
     ];
     if let Some(e) = evaluations.last() {
-        facts.push(("evaluation", format!("loss {:.4} after step {}, perplexity {}", e.loss, e.step, number(e.perplexity(), 4))));
+        facts.push((
+            "evaluation",
+            format!("loss {:.4} after step {}, perplexity {}", e.loss, e.step, number(e.perplexity(), 4)),
+        ));
     }
     let resumes = resumes(steps);
     if !resumes.is_empty() {
@@ -143,7 +161,10 @@ fn loss_chart(steps: &[StepReport], evaluations: &[EvalReport]) -> String {
         Line { dots: true, ..Line::new(eval.clone(), 3) },
     ];
     let points = || raw.iter().chain(&eval);
-    let frame = Frame::around(points().map(|p| p.0), points().map(|p| p.1)).labels("step", "loss").size(720, 240).alt("loss by step");
+    let frame = Frame::around(points().map(|p| p.0), points().map(|p| p.1))
+        .labels("step", "loss")
+        .size(720, 240)
+        .alt("loss by step");
     lines(&frame, &all, &marks(steps, "resumed"))
 }
 
@@ -177,7 +198,13 @@ fn small(steps: &[StepReport], name: &str, colour: usize, value: fn(&StepReport)
 }
 
 /// One line over the steps; tiny values are multiplied by a power of ten that the axis names.
-fn from_zero(mut points: Vec<(f64, f64)>, name: &str, colour: usize, size: (u32, u32), marks: &[(f64, String)]) -> String {
+fn from_zero(
+    mut points: Vec<(f64, f64)>,
+    name: &str,
+    colour: usize,
+    size: (u32, u32),
+    marks: &[(f64, String)],
+) -> String {
     let most = points.iter().map(|p| p.1).filter(|y| y.is_finite()).fold(0.0, f64::max);
     let exponent = if most > 0.0 && most < 0.01 { most.log10().floor() as i32 } else { 0 };
     points.iter_mut().for_each(|p| p.1 /= 10_f64.powi(exponent));
@@ -196,12 +223,15 @@ fn sparklines(steps: &[StepReport]) -> String {
         let (low, high) = values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &v| (l.min(v), h.max(v)));
         format!("{name:<14} {}  {} to {}", text::sparkline(&values, 48), number(low, 4), number(high, 4))
     };
-    [row("loss", |r| r.loss), row("learning rate", |r| r.learning_rate), row("gradient norm", |r| r.grad_norm)].join("\n")
+    [row("loss", |r| r.loss), row("learning rate", |r| r.learning_rate), row("gradient norm", |r| r.grad_norm)]
+        .join("\n")
 }
 
 impl Show for TrainConfig {
     fn card(&self) -> Card {
-        let length = self.max_steps.map_or_else(|| format!("{} epochs", plain(self.num_train_epochs)), |n| format!("{} steps", count(n)));
+        let length = self
+            .max_steps
+            .map_or_else(|| format!("{} epochs", plain(self.num_train_epochs)), |n| format!("{} steps", count(n)));
         // 1,000 steps show the shape when the number of examples is not known yet.
         let total = self.max_steps.unwrap_or(1000);
         let at = |i: u64| (i as f64 / 240.0 * total.saturating_sub(1) as f64).round() as u64;
@@ -210,7 +240,9 @@ impl Show for TrainConfig {
         let mut t = Table::new().words("field").words("value");
         if let Ok(value) = serde_json::to_value(self) {
             for (name, value) in value.as_object().into_iter().flatten() {
-                let text = value.as_str().map_or_else(|| value.as_f64().map_or_else(|| value.to_string(), plain), str::to_owned);
+                let text = value
+                    .as_str()
+                    .map_or_else(|| value.as_f64().map_or_else(|| value.to_string(), plain), str::to_owned);
                 t.row([Cell::new(name).code(), text.into()]);
             }
         }

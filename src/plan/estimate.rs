@@ -38,8 +38,15 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order of a memory table.
-    pub const ALL: [Part; 7] =
-        [Part::Weights, Part::Adapter, Part::Gradients, Part::Optimizer, Part::Activations, Part::Logits, Part::Workspace];
+    pub const ALL: [Part; 7] = [
+        Part::Weights,
+        Part::Adapter,
+        Part::Gradients,
+        Part::Optimizer,
+        Part::Activations,
+        Part::Logits,
+        Part::Workspace,
+    ];
 
     /// The name that a table shows.
     pub fn name(self) -> &'static str {

@@ -101,7 +101,9 @@ impl Gpu {
             .at("Gpu::preset")
             .expected(CARDS.iter().map(|(known, ..)| *known).collect::<Vec<_>>().join(", "))
             .found(format!("`{name}`"))
-            .next(format!("did you mean `{nearest}`? for another card use Gpu::new(name, total_bytes, compute_capability)")))
+            .next(format!(
+                "did you mean `{nearest}`? for another card use Gpu::new(name, total_bytes, compute_capability)"
+            )))
     }
 
     /// Every known card, the smallest memory first.

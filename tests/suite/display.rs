@@ -39,9 +39,15 @@ fn numbers_are_written_for_readers() {
     assert_eq!(units::count(7_241_732_096), "7,241,732,096");
     assert_eq!(units::short_count(7_241_732_096), "7.24 B");
     assert_eq!([0.0, 0.0002, 0.5, 1.0].map(units::percent), ["0.0 %", "< 0.1 %", "50.0 %", "100.0 %"]);
-    assert_eq!([2e-4, 1.5, 1234.5, 1e-7, f64::NAN].map(|x| units::number(x, 4)), ["0.0002000", "1.500", "1,234", "1.000e-7", "NaN"]);
+    assert_eq!(
+        [2e-4, 1.5, 1234.5, 1e-7, f64::NAN].map(|x| units::number(x, 4)),
+        ["0.0002000", "1.500", "1,234", "1.000e-7", "NaN"]
+    );
     assert_eq!([16.0, 0.05, 2e-5, 10000.0].map(units::plain), ["16", "0.05", "2e-5", "10,000"]);
-    assert_eq!([0.0421, 3.14159, 75.0, 245.0, 7380.0].map(units::seconds), ["42.1 ms", "3.14 s", "75.0 s", "4 min 05 s", "2 h 03 min"]);
+    assert_eq!(
+        [0.0421, 3.25, 75.0, 245.0, 7380.0].map(units::seconds),
+        ["42.1 ms", "3.25 s", "75.0 s", "4 min 05 s", "2 h 03 min"]
+    );
 }
 
 #[test]
@@ -50,7 +56,11 @@ fn a_card_as_text() {
     t.row(["weights".into(), "4.650".into(), Cell::bar(1.0, 0)]);
     t.row(["adapter".into(), "0.67".into(), Cell::bar(0.145, 1)]);
     t.total(["together".into(), "5.32".into(), "".into()]);
-    let card = Card::new("Title").subtitle("below it").facts([("r", "64".to_owned()), ("lora_alpha", "16".to_owned())]).table(t).note("A note.");
+    let card = Card::new("Title")
+        .subtitle("below it")
+        .facts([("r", "64".to_owned()), ("lora_alpha", "16".to_owned())])
+        .table(t)
+        .note("A note.");
     let expected = "
 Title
 below it
@@ -97,7 +107,18 @@ fn html_is_escaped_and_stands_alone() {
     let (plan, merge, metrics) = (MemoryPlan::qlora(&spec).seq(16).build().unwrap(), merge_report(evil), metrics());
     let generation = generation(evil);
     let shown: [&dyn Show; 12] = [
-        &spec, &gpu, &rows, &view, &estimate, &levels, &discovery, &plan, &merge, &metrics, &generation, &metrics.steps[0],
+        &spec,
+        &gpu,
+        &rows,
+        &view,
+        &estimate,
+        &levels,
+        &discovery,
+        &plan,
+        &merge,
+        &metrics,
+        &generation,
+        &metrics.steps[0],
     ];
     for value in shown {
         stands_alone(&bundle(value));
@@ -121,7 +142,9 @@ pub fn stands_alone(bundle: &MimeBundle) {
 
 #[test]
 fn a_model_as_text() {
-    assert_text(&tiny_spec("tiny"), "
+    assert_text(
+        &tiny_spec("tiny"),
+        "
 tiny
 Llama, 2.8 k parameters
 
@@ -143,7 +166,8 @@ norms                 40    1.4 %  ▍        stay 16-bit
 lm_head              800   28.7 %  ██████▉  stays 16-bit
 ────────────────────────────────────────────────────────
 together           2,792  100.0 %
-");
+",
+    );
     let spec = tiny_spec("tiny");
     assert_eq!(format!("{spec:?}"), format!("{spec}"));
     assert!(format!("{spec:#?}").contains("num_hidden_layers: 2"));
@@ -151,7 +175,9 @@ together           2,792  100.0 %
 
 #[test]
 fn targets_as_text() {
-    assert_text(&discover(&tiny_spec("tiny"), vec!["q_proj", "down_proj"]).unwrap(), "
+    assert_text(
+        &discover(&tiny_spec("tiny"), vec!["q_proj", "down_proj"]).unwrap(),
+        "
 LoRA targets in tiny
 q_proj, down_proj matches 4 of 15 linear modules
 
@@ -175,14 +201,17 @@ What a rank costs
  16               1,280  31.4342 %    5.120 kB (5.000 KiB)
  64               5,120  64.7118 %  20.480 kB (20.000 KiB)
 256              20,480  88.0028 %  81.920 kB (80.000 KiB)
-");
+",
+    );
 }
 
 #[test]
 fn a_batch_as_text() {
     let token = |text: &str, position, trained| TokenView { text: text.into(), id: 7, position, example: 0, trained };
     let tokens = vec![token("Say", 0, false), token(" hi:\n", 1, false), token(" hi", 2, true), token("</s>", 3, true)];
-    assert_text(&BatchView { tokens, examples: vec![4] }, "
+    assert_text(
+        &BatchView { tokens, examples: vec![4] },
+        "
 Batch: 1 examples, 4 tokens
 2 (50.0 %) are trained on
 
@@ -191,7 +220,8 @@ trained on: ⟦so⟧
 example 4: 4 tokens, 2 trained on
 Say hi:
 ⟦ hi</s>⟧
-");
+",
+    );
 }
 
 #[test]
@@ -227,7 +257,13 @@ fn an_inspection_as_text() {
 #[test]
 fn charts_take_any_numbers() {
     let frame = svg::Frame::around([f64::NAN], [f64::INFINITY, -0.0]);
-    let line = svg::Line { points: vec![(0.0, f64::NAN), (1.0, 1.0), (f64::INFINITY, 2.0)], colour: 40, width: 20, opacity: 1.0, dots: true };
+    let line = svg::Line {
+        points: vec![(0.0, f64::NAN), (1.0, 1.0), (f64::INFINITY, 2.0)],
+        colour: 40,
+        width: 20,
+        opacity: 1.0,
+        dots: true,
+    };
     for chart in [
         svg::lines(&frame, &[line], &[(f64::NAN, "never".into())]),
         svg::histogram(&frame, &[], 0, &[], 0),
@@ -268,7 +304,9 @@ fn metrics() -> Metrics {
 
 #[test]
 fn a_step_as_text() {
-    assert_text(&step(3, true), "
+    assert_text(
+        &step(3, true),
+        "
 Step 3
 epoch 0.75, the first after a resume
 
@@ -288,13 +326,16 @@ optimizer  62.5 ms  12.5 %  ███
 rest       31.2 ms   6.2 %  █▌
 ────────────────────────────────────────
 step        0.50 s
-");
+",
+    );
 }
 
 #[test]
 fn a_run_as_text() {
     let metrics = metrics();
-    assert_text(&metrics, "
+    assert_text(
+        &metrics,
+        "
 Run
 4 steps, 1.00 epochs
 
@@ -307,7 +348,8 @@ loss                3.0000 at step 1, 0.7500 at step 4
 tokens              8,192 in 2.00 s, 4,096 tokens/s
 evaluation          loss 1.0000 after step 4, perplexity 2.718
 resumed after step  2
-");
+",
+    );
     let html = bundle(&metrics).html;
     assert_eq!(html.matches("<svg").count(), 3);
     assert!(html.contains("resumed"));
@@ -345,7 +387,9 @@ fn merge_report(model: &str) -> MergeReport {
 
 #[test]
 fn a_merge_as_text() {
-    assert_text(&merge_report("tiny"), "
+    assert_text(
+        &merge_report("tiny"),
+        "
 Merge of tiny
 onto the weights dequantized from nf4 (blocksize 64, nested)
 
@@ -372,7 +416,8 @@ merged weights  2
 stored as       bf16
 
 A note.
-");
+",
+    );
 }
 
 fn generation(text: &str) -> Generation {
@@ -390,19 +435,26 @@ fn generation(text: &str) -> Generation {
 
 #[test]
 fn a_generation_as_text() {
-    assert_text(&generation("there"), "
+    assert_text(
+        &generation("there"),
+        "
 Generation
 3 + 4 tokens, 12.5 ms to the first, then 30.0 tokens/s; ended by max_new_tokens reached
 
 Once upon⟦ a time there⟧
-");
+",
+    );
 }
 
 #[test]
 fn a_plan_adds_up_in_its_display() {
     let plan = MemoryPlan::qlora(&tiny_spec("tiny")).r(2).batch(2).seq(16).build().unwrap();
     let shown = bundle(&plan);
-    assert!(shown.text.starts_with("Memory plan: QLoRA of tiny\n2 x 16 tokens, r 2 on all-linear, NF4 with nested absmax, adamw,"));
+    assert!(
+        shown.text.starts_with(
+            "Memory plan: QLoRA of tiny\n2 x 16 tokens, r 2 on all-linear, NF4 with nested absmax, adamw,"
+        )
+    );
     let unit = units::ByteUnit::of(plan.arena_bytes());
     let total = shown.text.lines().find(|l| l.starts_with("arena  ")).unwrap();
     assert!(total.contains(&unit.decimal(plan.arena_bytes())) && total.contains("100.0 %"), "{total}");
@@ -418,16 +470,25 @@ fn a_plan_adds_up_in_its_display() {
 
 #[test]
 fn a_plan_on_cards_as_text() {
-    let plan = MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
+    let plan =
+        MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
     let table = bundle(&plan.on_known_gpus());
-    assert!(table.text.starts_with("QLoRA of mistral-7b-v0.1 on known cards\nthe smallest card that it fits is "), "{}", table.text);
+    assert!(
+        table.text.starts_with("QLoRA of mistral-7b-v0.1 on known cards\nthe smallest card that it fits is "),
+        "{}",
+        table.text
+    );
     assert_eq!(table.text.matches("✓ fits").count() + table.text.matches("✗ too small").count(), Gpu::presets().len());
     stands_alone(&table);
     let fits = plan.fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
     assert!(bundle(&fits).text.starts_with("✓ fits on rtx-4090\n"));
     let small = plan.fits(Gpu::preset("rtx-2060").unwrap()).unwrap();
     let shown = bundle(&small);
-    assert!(shown.text.starts_with("✗ does not fit on rtx-2060\n") && shown.text.contains(" missing\n"), "{}", shown.text);
+    assert!(
+        shown.text.starts_with("✗ does not fit on rtx-2060\n") && shown.text.contains(" missing\n"),
+        "{}",
+        shown.text
+    );
     assert_eq!(shown.text.contains("The cheapest changes"), !small.changes.is_empty());
     assert_eq!(format!("{small:?}"), shown.text);
     stands_alone(&shown);
@@ -435,7 +496,8 @@ fn a_plan_on_cards_as_text() {
 
 #[test]
 fn every_method_side_by_side() {
-    let plan = MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
+    let plan =
+        MemoryPlan::qlora(&ModelSpec::preset("mistral-7b-v0.1").unwrap()).r(64).batch(4).seq(512).build().unwrap();
     let table = plan.methods().unwrap();
     let qlora = &table.rows[3];
     assert_eq!((qlora.name.as_str(), qlora.plan.arena_bytes()), ("QLoRA", plan.arena_bytes()));

@@ -1,9 +1,7 @@
 //! The estimate of transformers + PEFT + bitsandbytes against measured peaks and against counted bytes.
 
 use tunebook::model::ModelSpec;
-use tunebook::plan::{
-    Attention, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Gpu, MemoryPlan, Part,
-};
+use tunebook::plan::{Attention, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Gpu, MemoryPlan, Part};
 use tunebook::train::Optim;
 
 fn mistral_7b() -> ModelSpec {
@@ -18,11 +16,7 @@ fn bytes(e: &Estimate, name: &str) -> u64 {
 /// projections, paged 8-bit AdamW.
 #[test]
 fn measured_peaks_within_five_percent() {
-    let cases = [
-        (512, true, 7_804_700_160_u64),
-        (2048, true, 13_451_646_976),
-        (512, false, 26_211_931_136),
-    ];
+    let cases = [(512, true, 7_804_700_160_u64), (2048, true, 13_451_646_976), (512, false, 26_211_931_136)];
     for (seq, gradient_checkpointing, measured) in cases {
         let cfg = EstimateConfig { seq, gradient_checkpointing, ..EstimateConfig::qlora() };
         let e = Estimate::new(&mistral_7b(), cfg).unwrap();
@@ -77,7 +71,8 @@ fn full_fine_tuning_costs_8_or_16_bytes_per_parameter() {
 
 #[test]
 fn one_layer_lists_the_saved_tensors() {
-    let e = Estimate::new(&mistral_7b(), EstimateConfig { micro_batch_size: 1, seq: 1, ..EstimateConfig::qlora() }).unwrap();
+    let e = Estimate::new(&mistral_7b(), EstimateConfig { micro_batch_size: 1, seq: 1, ..EstimateConfig::qlora() })
+        .unwrap();
     let layer: Vec<(&str, u64)> = e.layer.iter().map(|c| (c.name.as_str(), c.bytes)).collect();
     let expected = [
         ("RMSNorm inputs", 32_776),
@@ -98,7 +93,12 @@ fn components_at_each_moment_sum_to_it() {
         EstimateConfig::lora(),
         EstimateConfig::full(true),
         EstimateConfig::inference(false),
-        EstimateConfig { keep_outputs: true, lora_dropout: 0.1, attention: Attention::Eager, ..EstimateConfig::qlora() },
+        EstimateConfig {
+            keep_outputs: true,
+            lora_dropout: 0.1,
+            attention: Attention::Eager,
+            ..EstimateConfig::qlora()
+        },
     ] {
         let e = Estimate::new(&mistral_7b(), cfg).unwrap();
         for (i, moment) in e.moments.iter().enumerate() {

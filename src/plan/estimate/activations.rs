@@ -30,7 +30,11 @@ pub(super) fn layer(s: &Shape) -> Vec<(String, u128, String)> {
     if s.cfg.lora_dropout > 0.0 {
         add("dropout masks", masks, format!("{} x 1", n(masks)));
     }
-    add("LoRA A outputs", 2 * s.r * adapted(s).count() as u128, format!("{} modules x {} x 2", adapted(s).count(), s.r));
+    add(
+        "LoRA A outputs",
+        2 * s.r * adapted(s).count() as u128,
+        format!("{} modules x {} x 2", adapted(s).count(), s.r),
+    );
     add("query, key, value", 2 * (s.q + 2 * s.kv), format!("({} + 2 x {}) x 2", n(s.q), n(s.kv)));
     add("attention output", 2 * s.q, format!("{} x 2", n(s.q)));
     let b = s.residual();
@@ -95,7 +99,13 @@ pub(super) fn training(s: &Shape, sheet: &mut Sheet) {
         sheet.add(a, "input of lm_head", input, Live::At([input, 0, 0]), format!("T x {} x 2 (bf16)", n(s.c)));
     }
     let rotary = 2 * b * s.cfg.seq as u128 * s.head_dim;
-    sheet.add(a, "rotary cos and sin", rotary, Live::Always, format!("2 x {} x {} x {b}", n(s.cfg.seq as u128), s.head_dim));
+    sheet.add(
+        a,
+        "rotary cos and sin",
+        rotary,
+        Live::Always,
+        format!("2 x {} x {} x {b}", n(s.cfg.seq as u128), s.head_dim),
+    );
     logits(s, sheet);
     backward(s, sheet);
     sheet.add(Part::Workspace, "cuBLAS workspace", CUBLAS_WORKSPACE, Live::Always, "PyTorch's default".into());
@@ -111,7 +121,16 @@ fn backward(s: &Shape, sheet: &mut Sheet) {
     let weight = 2 * s.largest_linear();
     let down = weight + s.t * (2 * s.f + (b + 2) * s.c);
     let (bytes, formula) = if s.cfg.method.is_4bit() && down > mlp {
-        (down, format!("{} x 2 (dequantized down_proj) + T x (2 x {} + {} x {})", n(s.largest_linear()), n(s.f), b + 2, n(s.c)))
+        (
+            down,
+            format!(
+                "{} x 2 (dequantized down_proj) + T x (2 x {} + {} x {})",
+                n(s.largest_linear()),
+                n(s.f),
+                b + 2,
+                n(s.c)
+            ),
+        )
     } else {
         (mlp, format!("T x ({} x {} + {b} x {})", 3 * b - down_input, n(s.f), n(s.c)))
     };
@@ -130,7 +149,13 @@ fn logits(s: &Shape, sheet: &mut Sheet) {
     sheet.add(Part::Logits, "logits", three, Live::At([three, 0, 0]), formula);
     if s.cfg.keep_outputs && s.cfg.loss == EstimateLoss::Full {
         let kept = 2 * s.t * s.v;
-        sheet.add(Part::Logits, "logits of the output object", kept, Live::Always, format!("T x {} x 2 (bf16)", n(s.v)));
+        sheet.add(
+            Part::Logits,
+            "logits of the output object",
+            kept,
+            Live::Always,
+            format!("T x {} x 2 (bf16)", n(s.v)),
+        );
     }
 }
 
@@ -138,7 +163,13 @@ pub(super) fn inference(s: &Shape, sheet: &mut Sheet) {
     let cache = 4 * s.l * s.t * s.kv;
     sheet.add(Part::Activations, "KV cache", cache, Live::Always, format!("2 x {} layers x T x {} x 2", s.l, n(s.kv)));
     let hidden = s.t * (4 * s.c + 2 * s.c);
-    sheet.add(Part::Workspace, "hidden state", hidden, Live::Always, format!("T x {} x (2 + 4) (bf16, f32 in RMSNorm)", n(s.c)));
+    sheet.add(
+        Part::Workspace,
+        "hidden state",
+        hidden,
+        Live::Always,
+        format!("T x {} x (2 + 4) (bf16, f32 in RMSNorm)", n(s.c)),
+    );
     let mlp = 6 * s.t * s.f;
     sheet.add(Part::Workspace, "gate, up, product", mlp, Live::Always, format!("3 x T x {} x 2", n(s.f)));
     // generate() asks for the logits of the last position only, and samples in f32.
@@ -146,7 +177,13 @@ pub(super) fn inference(s: &Shape, sheet: &mut Sheet) {
     sheet.add(Part::Logits, "logits", logits, Live::Always, format!("{} x {} x 4", s.cfg.micro_batch_size, n(s.v)));
     if s.cfg.attention == Attention::Eager {
         let scores = 6 * s.heads * s.t * s.cfg.seq as u128;
-        sheet.add(Part::Workspace, "attention scores", scores, Live::Always, format!("{} heads x T x {} x 6", s.heads, s.cfg.seq));
+        sheet.add(
+            Part::Workspace,
+            "attention scores",
+            scores,
+            Live::Always,
+            format!("{} heads x T x {} x 6", s.heads, s.cfg.seq),
+        );
     }
     if s.cfg.method.is_4bit() {
         let bytes = 2 * s.largest_linear();

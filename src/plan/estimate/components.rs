@@ -134,10 +134,17 @@ impl Sheet {
         self.rows.push((row, at, bytes));
     }
 
-    pub fn finish(self, spec: &ModelSpec, config: EstimateConfig, layer: Vec<(String, u128, String)>, shape: &Shape) -> Result<Estimate> {
+    pub fn finish(
+        self,
+        spec: &ModelSpec,
+        config: EstimateConfig,
+        layer: Vec<(String, u128, String)>,
+        shape: &Shape,
+    ) -> Result<Estimate> {
         let narrow = |x: u128| u64::try_from(x).map_err(|_| too_large(spec));
         let top = format!("backward of layer {}", shape.l.saturating_sub(1));
-        let names: &[&str] = if self.trains { &["backward of the loss", &top, "backward of layer 0"] } else { &["prefill"] };
+        let names: &[&str] =
+            if self.trains { &["backward of the loss", &top, "backward of layer 0"] } else { &["prefill"] };
         let mut moments = Vec::new();
         for (i, name) in names.iter().enumerate() {
             let bytes = narrow(self.rows.iter().map(|(_, at, _)| at[i]).sum())?;
@@ -170,7 +177,7 @@ pub(super) fn n(x: u128) -> String {
     let digits = x.to_string();
     let mut out = String::new();
     for (i, d) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(',');
         }
         out.push(d);
@@ -244,8 +251,20 @@ pub(super) fn optimizer(s: &Shape, sheet: &mut Sheet) {
         if s.cfg.optim.is_paged() && size >= PAGED_FROM { paged += times * codes } else { state += times * codes }
     }
     let name = s.cfg.optim.name();
-    sheet.add(Part::Optimizer, "exp_avg, exp_avg_sq", state, Live::Always, format!("{name}: both moments of the resident tensors"));
-    sheet.add(Part::Optimizer, "absmax of the moments", absmax, Live::Always, format!("{name}: 2 x 4 per 256 parameters"));
+    sheet.add(
+        Part::Optimizer,
+        "exp_avg, exp_avg_sq",
+        state,
+        Live::Always,
+        format!("{name}: both moments of the resident tensors"),
+    );
+    sheet.add(
+        Part::Optimizer,
+        "absmax of the moments",
+        absmax,
+        Live::Always,
+        format!("{name}: 2 x 4 per 256 parameters"),
+    );
     sheet.paged = paged;
 }
 

@@ -242,9 +242,8 @@ fn leaves(spec: &ModelSpec) -> Vec<String> {
 }
 
 fn unknown_target(target: &str, leaves: &[String]) -> Error {
-    let nearest = leaves.iter().max_by(|a, b| {
-        strsim::jaro_winkler(a, target).total_cmp(&strsim::jaro_winkler(b, target))
-    });
+    let nearest =
+        leaves.iter().max_by(|a, b| strsim::jaro_winkler(a, target).total_cmp(&strsim::jaro_winkler(b, target)));
     Error::new("target module not found")
         .at("target_modules")
         .expected(leaves.join(", "))
