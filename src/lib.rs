@@ -30,7 +30,7 @@ pub mod prelude {
     pub use crate::lora::{self, Adapter, LoraConfig, MergeBase, Targets};
     pub use crate::model::{Base, Checkpoint, ModelSpec};
     pub use crate::nf4::{self, Nf4Config, Nf4Tensor, QuantType};
-    pub use crate::plan::{Checkpointing, Gpu, MemoryPlan, Phase};
+    pub use crate::plan::{Checkpointing, Estimate, EstimateConfig, Gpu, MemoryPlan, Phase};
     pub use crate::train::{LrScheduler, Metrics, Optim, Run, TrainConfig};
     pub use crate::{Error, Result, environment};
 }
