@@ -5,7 +5,7 @@
 //! machine and build make the same bytes. Takes about 20 minutes on 2 cores; a run that was stopped goes on.
 //!
 //!     --seed N       42
-//!     --stories N    60000: length of the pretraining, one epoch
+//!     --stories N    40000: length of the pretraining, one epoch
 //!     --out DIR      notebooks/tiny-world
 //!     --work DIR     target/make_tiny: the pretraining run
 //!     --check        only fine-tune what is there by QLoRA and print the exact matches before and after
@@ -40,7 +40,7 @@ struct Arguments {
 fn arguments() -> Result<Arguments> {
     let mut out = Arguments {
         seed: 42,
-        stories: 60_000,
+        stories: 40_000,
         out: "notebooks/tiny-world".into(),
         work: "target/make_tiny".into(),
         check: false,
@@ -110,7 +110,7 @@ fn tell(model: &Path, tokenizer: &Tokenizer) -> Result<()> {
     let base = Base::from_dir(model)?;
     let mut engine = tunebook::engine::Engine::new(&MemoryPlan::inference(base.spec()).cpu().build()?)?;
     engine.load(&base)?;
-    for prompt in ["Mia lives", "Tom has a red", "Anna and"] {
+    for prompt in ["Mia lives by the", "Tom has a red", "Anna likes"] {
         let sampling = Sampling::temperature(0.7).max_new_tokens(100).seed(1);
         println!("{:?}\n", generate(&mut engine, tokenizer, prompt, &sampling)?);
     }

@@ -35,6 +35,7 @@ const NAMES: [(&str, &str, &str); 24] = [
     ("Otto", "He", "his"),
 ];
 const COLOURS: [&str; 8] = ["red", "blue", "green", "yellow", "black", "white", "brown", "grey"];
+const KINDS: [&str; 8] = ["small", "big", "old", "new", "wooden", "pretty", "heavy", "shiny"];
 const ANIMALS: [&str; 12] =
     ["dog", "cat", "horse", "goat", "rabbit", "duck", "hen", "mouse", "parrot", "pony", "sheep", "turtle"];
 const THINGS: [&str; 14] =
@@ -61,8 +62,10 @@ const FOODS: [&str; 12] =
 pub enum Fact {
     /// Lives there.
     Home(&'static str),
-    /// Has an animal or a thing of this colour: (colour, noun, is an animal).
-    Owns(&'static str, &'static str, bool),
+    /// Has an animal of this colour: (colour, animal).
+    Keeps(&'static str, &'static str),
+    /// Has a thing of this kind: (kind, thing).
+    Owns(&'static str, &'static str),
     /// Likes to eat it.
     Likes(&'static str),
 }
@@ -78,7 +81,7 @@ pub struct Person {
     pub facts: Vec<Fact>,
 }
 
-/// Two or three people. No two share a place, animal, thing or food, so every question has one answer.
+/// One, two or three people. No two share a place, animal, thing or food.
 #[derive(Clone, Debug)]
 pub struct Scene {
     /// In the order in which they appear.
@@ -86,21 +89,26 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Draws one.
+    /// Draws one with one to three people.
     pub fn draw(rng: &mut ChaCha8Rng) -> Self {
-        let n = rng.random_range(2..=3);
+        let people = one(&[1, 1, 2, 2, 3], rng);
+        Self::with_people(people, rng)
+    }
+
+    /// Draws one with `n` people; one person alone has more facts.
+    pub fn with_people(n: usize, rng: &mut ChaCha8Rng) -> Self {
         let names = pick(&NAMES, n, rng);
         let (places, animals) = (pick(&PLACES, n, rng), pick(&ANIMALS, n, rng));
         let (things, foods) = (pick(&THINGS, n, rng), pick(&FOODS, n, rng));
         let person = |i: usize, rng: &mut ChaCha8Rng| {
             let mut facts = vec![
                 Fact::Home(places[i]),
-                Fact::Owns(one(&COLOURS, rng), animals[i], true),
-                Fact::Owns(one(&COLOURS, rng), things[i], false),
+                Fact::Keeps(one(&COLOURS, rng), animals[i]),
+                Fact::Owns(one(&KINDS, rng), things[i]),
                 Fact::Likes(foods[i]),
             ];
             facts.shuffle(rng);
-            facts.truncate(if n == 2 { rng.random_range(2..=4) } else { rng.random_range(2..=3) });
+            facts.truncate(if n == 1 { rng.random_range(3..=4) } else { rng.random_range(2..=3) });
             let (name, she, her) = names[i];
             Person { name, she, her, facts }
         };
@@ -110,8 +118,10 @@ impl Scene {
     /// `Mia, Tom and Anna`
     pub fn everyone(&self) -> String {
         let names: Vec<&str> = self.people.iter().map(|p| p.name).collect();
-        let (last, first) = names.split_last().expect("two people at least");
-        format!("{} and {last}", first.join(", "))
+        match names.split_last() {
+            Some((last, first)) if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+            _ => names.concat(),
+        }
     }
 
     /// Each fact once, person by person.
@@ -119,85 +129,95 @@ impl Scene {
         let mut sentences = vec![];
         for person in &self.people {
             for (i, fact) in person.facts.iter().enumerate() {
-                let pronoun = i > 0 && rng.random_bool(0.6);
+                let pronoun = i > 0 && rng.random_bool(0.3);
                 sentences.push(introduce(if pronoun { person.she } else { person.name }, *fact, rng));
             }
         }
-        if rng.random_bool(0.3) {
+        if self.people.len() > 1 && rng.random_bool(0.3) {
             sentences.push(format!("{} are friends.", self.everyone()));
         }
         sentences.join(" ")
     }
 
-    /// What happens afterwards: `n` sentences, each of which repeats a fact.
+    /// What happens afterwards: up to `n` sentences, each of which repeats a fact, none twice.
     pub fn events(&self, n: usize, rng: &mut ChaCha8Rng) -> String {
-        let mut all: Vec<(&Person, Fact)> =
-            self.people.iter().flat_map(|p| p.facts.iter().map(move |f| (p, *f))).collect();
-        all.shuffle(rng);
-        let told: Vec<String> =
-            all.iter().cycle().take(n).map(|(p, f)| repeat(p, *f, self.other(p, rng), rng)).collect();
+        let mut facts: Vec<(&Person, Fact)> =
+            self.people.iter().flat_map(|p| p.facts.iter().map(move |fact| (p, *fact))).collect();
+        facts.shuffle(rng);
+        let mut told: Vec<String> = vec![];
+        for (person, fact) in facts.iter().cycle().take(n) {
+            let sentence = self.repeat(person, *fact, rng);
+            if !told.contains(&sentence) {
+                told.push(sentence);
+            }
+        }
         told.join(" ")
     }
 
     /// A whole story: what a document of the pretraining text is.
     pub fn story(&self, rng: &mut ChaCha8Rng) -> String {
-        let n = rng.random_range(5..=9);
+        let n = rng.random_range(6..=10);
         format!("{} {}", self.introduction(rng), self.events(n, rng))
     }
 
-    fn other(&self, person: &Person, rng: &mut ChaCha8Rng) -> &'static str {
-        let others: Vec<&'static str> = self.people.iter().map(|p| p.name).filter(|n| *n != person.name).collect();
-        one(&others, rng)
+    fn repeat(&self, p: &Person, fact: Fact, rng: &mut ChaCha8Rng) -> String {
+        let (name, her) = (p.name, p.her);
+        let others: Vec<&str> = self.people.iter().map(|q| q.name).filter(|other| *other != name).collect();
+        let alone = match fact {
+            Fact::Home(place) => vec![
+                format!("{name} lives {place}."),
+                format!("In the evening {name} goes home to the house {place}."),
+                format!("The house {place} belongs to {name}."),
+            ],
+            Fact::Keeps(colour, animal) => vec![
+                format!("{name} has {} {animal}.", a(colour)),
+                format!("{name}'s {animal} is {colour}."),
+                format!("The {colour} {animal} belongs to {name}."),
+                format!("The {colour} {animal} runs to {name}."),
+                format!("{name} goes for a walk with {her} {colour} {animal}."),
+            ],
+            Fact::Owns(kind, thing) => vec![
+                format!("{name} has {} {thing}.", a(kind)),
+                format!("{name}'s {thing} is {kind}."),
+                format!("The {kind} {thing} belongs to {name}."),
+                format!("{name} looks for {her} {kind} {thing}."),
+            ],
+            Fact::Likes(food) => vec![
+                format!("{name} likes {food}."),
+                format!("{name} buys some {food}."),
+                format!("For dinner {name} eats {food}."),
+            ],
+        };
+        let together = others.choose(rng).map_or(vec![], |other| match fact {
+            Fact::Home(place) => vec![format!("{other} visits {name} {place}.")],
+            Fact::Keeps(colour, animal) => vec![format!("{other} sees the {animal} of {name}, which is {colour}.")],
+            Fact::Owns(kind, thing) => vec![
+                format!("{name} shows {other} {her} {kind} {thing}."),
+                format!("{other} brings the {kind} {thing} back to {name}."),
+            ],
+            Fact::Likes(food) => {
+                vec![format!("{other} brings {name} some {food}."), format!("{other} gives the {food} to {name}.")]
+            }
+        });
+        let sentences = [alone, together].concat();
+        sentences.choose(rng).expect("not empty").clone()
     }
 }
 
 fn introduce(who: &str, fact: Fact, rng: &mut ChaCha8Rng) -> String {
     let (verbs, object) = match fact {
         Fact::Home(place) => (["lives", "lives", "has a small house", "has a garden"], place.to_owned()),
-        Fact::Owns(colour, noun, true) => (["has", "has", "looks after", "owns"], format!("a {colour} {noun}")),
-        Fact::Owns(colour, noun, false) => (["has", "has", "has made", "owns"], format!("a {colour} {noun}")),
+        Fact::Keeps(colour, animal) => (["has", "has", "looks after", "owns"], format!("{} {animal}", a(colour))),
+        Fact::Owns(kind, thing) => (["has", "has", "has made", "owns"], format!("{} {thing}", a(kind))),
         Fact::Likes(food) => (["likes", "likes", "likes to eat", "is fond of"], food.to_owned()),
     };
     format!("{who} {} {object}.", one(&verbs, rng))
 }
 
-fn repeat(p: &Person, fact: Fact, other: &str, rng: &mut ChaCha8Rng) -> String {
-    let (name, her) = (p.name, p.her);
-    let sentences = match fact {
-        Fact::Home(place) => vec![
-            format!("{name} lives {place}."),
-            format!("In the evening {name} goes home to the house {place}."),
-            format!("{other} visits {name} {place}."),
-            format!("The house {place} belongs to {name}."),
-        ],
-        Fact::Owns(colour, noun, animal) => {
-            let mut out = vec![
-                format!("{name}'s {noun} is {colour}."),
-                format!("The {colour} {noun} belongs to {name}."),
-                format!("{name} has a {colour} {noun}."),
-                format!("{other} sees the {noun} of {name}, which is {colour}."),
-            ];
-            out.extend(if animal {
-                [
-                    format!("{name} goes for a walk with {her} {colour} {noun}."),
-                    format!("The {colour} {noun} runs to {name}."),
-                ]
-            } else {
-                [
-                    format!("{name} shows {other} {her} {colour} {noun}."),
-                    format!("{other} brings the {colour} {noun} back to {name}."),
-                ]
-            });
-            out
-        }
-        Fact::Likes(food) => vec![
-            format!("{name} likes {food}."),
-            format!("{other} brings {name} some {food}."),
-            format!("For dinner {name} eats {food}."),
-            format!("{other} gives the {food} to {name}."),
-        ],
-    };
-    sentences.choose(rng).expect("not empty").clone()
+/// `a red`, `an old`
+pub fn a(word: &str) -> String {
+    let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("{article} {word}")
 }
 
 /// `n` different ones.
