@@ -3,17 +3,17 @@
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::Value;
 use tunebook::Result;
 use tunebook::data::{ChatTemplate, DataConfig, Rows, Tokenizer, encode};
-use tunebook::generate::{Decoder, Sampling, generate_chat};
+use tunebook::generate::exact_match;
 use tunebook::model::Base;
 use tunebook::plan::{Checkpointing, MemoryPlan};
 use tunebook::train::{LrScheduler, Run, TrainConfig};
 
 const BATCH: usize = 16;
 
-/// Fine-tunes the model in `model` on `data/train.jsonl` beside it and prints the exact matches on `data/test.jsonl`.
+/// Fine-tunes `world`/model on `world`/data/train.jsonl and prints the exact matches on `world`/data/test.jsonl,
+/// with the questions that are still answered wrongly.
 pub fn qlora(world: &Path, run_dir: &Path, seed: u64) -> Result<()> {
     let base = Base::from_dir(world.join("model"))?;
     let tokenizer = Tokenizer::from_dir(base.dir())?;
@@ -42,39 +42,15 @@ pub fn qlora(world: &Path, run_dir: &Path, seed: u64) -> Result<()> {
         .save_steps(0)
         .seed(seed);
     let mut run = Run::create(run_dir, plan, base, data, config)?;
-    println!("base: {:.1} % exact", 100.0 * exact_match(run.engine(), &tokenizer, &template, &test, 0)?);
+    let before = exact_match(run.engine(), &tokenizer, &template, &test)?;
+    println!("base: {:.1} % exact", 100.0 * before.share());
     let began = Instant::now();
     run.train()?;
     let seconds = began.elapsed().as_secs_f64();
-    println!(
-        "after QLoRA ({seconds:.0} s): {:.1} % exact",
-        100.0 * exact_match(run.engine(), &tokenizer, &template, &test, 5)?
-    );
-    Ok(())
-}
-
-/// The share of rows whose answer is exactly the greedy one; prints the first `show`.
-fn exact_match(
-    model: &mut dyn Decoder,
-    tokenizer: &Tokenizer,
-    template: &ChatTemplate,
-    rows: &Rows,
-    show: usize,
-) -> Result<f64> {
-    let mut exact = 0;
-    for i in 0..rows.len() {
-        let messages = rows.get(i).and_then(|row| row["messages"].as_array()).cloned().unwrap_or_default();
-        let (question, wanted) = (&messages[..1], messages[1]["content"].as_str().unwrap_or_default());
-        let sampling = Sampling::greedy().max_new_tokens(32);
-        let answer = generate_chat(model, tokenizer, template, question, &sampling, &mut |_| {})?;
-        exact += usize::from(answer.text.trim() == wanted);
-        if i < show {
-            println!("{}\n  wanted: {wanted}\n  wrote:  {}\n", text(question), answer.text.trim());
-        }
+    let after = exact_match(run.engine(), &tokenizer, &template, &test)?;
+    println!("after QLoRA ({seconds:.0} s): {:.1} % exact", 100.0 * after.share());
+    for answer in after.answers.iter().filter(|a| !a.is_exact()) {
+        println!("{}\n  wanted: {}\n  wrote:  {}\n", answer.question, answer.wanted, answer.wrote);
     }
-    Ok(exact as f64 / rows.len() as f64)
-}
-
-fn text(messages: &[Value]) -> &str {
-    messages[0]["content"].as_str().unwrap_or_default()
+    Ok(())
 }
