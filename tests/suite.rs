@@ -54,3 +54,5 @@ mod oracle_models;
 mod determinism;
 #[path = "suite/engine_errors.rs"]
 mod engine_errors;
+#[path = "suite/run_errors.rs"]
+mod run_errors;
