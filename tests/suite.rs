@@ -56,3 +56,5 @@ mod determinism;
 mod engine_errors;
 #[path = "suite/run_errors.rs"]
 mod run_errors;
+#[path = "suite/placement.rs"]
+mod placement;

@@ -136,6 +136,9 @@ fn facts(plan: &MemoryPlan) -> Vec<(String, String)> {
     if plan.host_bytes() > 0 {
         out.push(("on the host".to_owned(), bytes(plan.host_bytes())));
     }
+    if plan.transient_bytes() > 0 {
+        out.push(("beside it, during one operation".to_owned(), format!("at most {}", bytes(plan.transient_bytes()))));
+    }
     out.push(("always alive".to_owned(), bytes(plan.persistent_bytes())));
     for phase in [Phase::MicroStep, Phase::Optimizer, Phase::Evaluate, Phase::Generate] {
         if plan.phase_bytes(phase) > 0 {

@@ -156,6 +156,19 @@ impl MemoryPlan {
         self.0.host
     }
 
+    /// Heap bytes that one operation of the CPU backend allocates beside the arena and gives back, at most: an upper bound
+    /// for this machine and rayon's number of threads, well below a MiB for two. 0 for a plan that computes in 16 bits: a
+    /// GPU's libraries get their workspaces from the arena.
+    ///
+    /// The matrix products' library (`gemm`) also keeps a buffer of the size of the L2 cache for each thread, from the
+    /// first product to the end of the process.
+    pub fn transient_bytes(&self) -> u64 {
+        match self.0.config.compute_dtype {
+            DType::F32 => crate::engine::cpu::transient_bytes(self.0.config.capacity(), self.0.config.ce_chunk),
+            _ => 0,
+        }
+    }
+
     /// Bytes that outlive phases: weights, adapters, gradients, optimizer state.
     pub fn persistent_bytes(&self) -> u64 {
         self.0.persistent

@@ -194,9 +194,9 @@ fn the_cache_overflows_or_was_overwritten() {
     refused(e.forward(&[1]), &["longer than the key-value cache"]);
     type Use = fn(&mut Engine);
     let uses: [Use; 4] = [
-        |e| drop(e.evaluate(batch(5)).unwrap()),
-        |e| drop(e.logits(batch(5)).unwrap()),
-        |e| drop(e.micro_step(batch(5), 4, 0, 0).unwrap()),
+        |e| _ = e.evaluate(batch(5)).unwrap(),
+        |e| _ = e.logits(batch(5)).unwrap(),
+        |e| _ = e.micro_step(batch(5), 4, 0, 0).unwrap(),
         |e| e.enable_adapter(true),
     ];
     for overwrite in uses {

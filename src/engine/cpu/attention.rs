@@ -72,18 +72,13 @@ pub(super) fn masked_scores(
 }
 
 impl CpuOps {
-    pub(super) fn spans(&self) -> Vec<Span> {
-        let pairs = self.cu_seqlens.windows(2);
-        pairs.map(|w| Span { start: w[0] as usize, len: (w[1] - w[0]) as usize }).collect()
-    }
-
     pub(super) fn attend(&self, op: &Attention) {
         // SAFETY: regions of one operation.
         let (q, k, v, out, lse) =
             unsafe { (self.rows(op.q), self.rows(op.k), self.rows(op.v), self.rows(op.out), self.rows(op.lse)) };
         let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
         let heads = op.heads;
-        tiles(&self.spans(), heads.q).into_par_iter().with_max_len(1).for_each(|(span, h, first)| {
+        Tiles::new(&self.cu_seqlens).for_each(heads.q, |span, h, first| {
             let kv = h / (heads.q / heads.kv);
             let (q, k, v) = (head(q, span, h, heads.q, heads.dim), head(k, span, kv, heads.kv, heads.dim), head(v, span, kv, heads.kv, heads.dim));
             let rows = TILE.min(span.len - first);
@@ -112,9 +107,9 @@ impl CpuOps {
         k_cache[base * width..][..k.len()].copy_from_slice(k);
         v_cache[base * width..][..v.len()].copy_from_slice(v);
         let out = Shared(out.as_mut_ptr());
-        let (new, cached) = (Span { start: 0, len: self.tokens }, Span { start: 0, len: base + self.tokens });
+        let cached = Span { start: 0, len: base + self.tokens };
         let (k_cache, v_cache) = (&*k_cache, &*v_cache);
-        tiles(&[new], heads.q).into_par_iter().with_max_len(1).for_each(|(span, h, first)| {
+        Tiles::new(&[0, self.tokens as u32]).for_each(heads.q, |span, h, first| {
             let kv = h / (heads.q / heads.kv);
             let q = head(q, span, h, heads.q, heads.dim);
             let (k, v) = (head(k_cache, cached, kv, heads.kv, heads.dim), head(v_cache, cached, kv, heads.kv, heads.dim));
@@ -184,15 +179,32 @@ pub(super) fn head(data: &[f32], span: Span, h: usize, heads: usize, dim: usize)
     HeadRows { data: &data[(span.start * heads + h) * dim..], row: heads * dim, dim }
 }
 
-/// Every (span, head, first query of a tile), the longest rows first.
-pub(super) fn tiles(spans: &[Span], heads: usize) -> Vec<(Span, usize, usize)> {
-    let mut out = Vec::new();
-    for &span in spans {
-        for h in 0..heads {
-            out.extend((0..span.len).step_by(TILE).rev().map(|first| (span, h, first)));
+/// The tiles that a batch is cut into: the example and the first row of each, the longest rows of an example first.
+pub(super) struct Tiles(Vec<(Span, usize)>);
+
+/// Bytes of [`Tiles`] for at most `tokens` tokens: at worst each is an example of its own.
+pub(super) const fn tiles_bytes(tokens: usize) -> usize {
+    tokens * size_of::<(Span, usize)>()
+}
+
+impl Tiles {
+    pub(super) fn new(cu_seqlens: &[u32]) -> Self {
+        let spans = || cu_seqlens.windows(2).map(|w| Span { start: w[0] as usize, len: (w[1] - w[0]) as usize });
+        let mut list = Vec::with_capacity(spans().map(|s| s.len.div_ceil(TILE)).sum());
+        for span in spans() {
+            list.extend((0..span.len).step_by(TILE).rev().map(|first| (span, first)));
         }
+        Tiles(list)
     }
-    out
+
+    /// Runs a task for each tile of each head, given the example, the head and the first row.
+    pub(super) fn for_each(&self, heads: usize, task: impl Fn(Span, usize, usize) + Sync) {
+        let n = self.0.len();
+        (0..n * heads).into_par_iter().with_max_len(1).for_each(|i| {
+            let (span, first) = self.0[i % n];
+            task(span, i / n, first);
+        });
+    }
 }
 
 /// A result that tasks write at disjoint places.

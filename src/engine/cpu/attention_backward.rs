@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::CpuOps;
-use super::attention::{HeadRows, Scores, Shared, Span, TILE, first_key, head, masked_scores, tiles};
+use super::attention::{HeadRows, Scores, Shared, Span, TILE, Tiles, first_key, head, masked_scores};
 use super::math::{dot, exp, vectorised};
 use super::matmul::{Matrix, tile_product};
 use super::rotary::MAX_HEAD_DIM;
@@ -51,14 +51,10 @@ impl CpuOps {
             .zip(dout.par_chunks(heads.dim))
             .for_each(|((delta, o), g)| *delta = dot(o, g));
         let inputs = Inputs { q, k, v, dout, lse, delta, heads };
-        let spans = self.spans();
+        let tiles = Tiles::new(&self.cu_seqlens);
         let (dq, dk, dv) = (Shared(dq.as_mut_ptr()), Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr()));
-        tiles(&spans, heads.kv).into_par_iter().with_max_len(1).for_each(|(span, h, first)| {
-            inputs.keys(span, h, first, dk, dv);
-        });
-        tiles(&spans, heads.q).into_par_iter().with_max_len(1).for_each(|(span, h, first)| {
-            inputs.queries(span, h, first, dq);
-        });
+        tiles.for_each(heads.kv, |span, h, first| inputs.keys(span, h, first, dk, dv));
+        tiles.for_each(heads.q, |span, h, first| inputs.queries(span, h, first, dq));
     }
 }
 

@@ -2,8 +2,25 @@
 
 use rayon::prelude::*;
 
-/// Columns of the result in a tile: two register tiles of the AVX-512 kernel, so that the other operand is read in place.
-const TILE_COLS: usize = 96;
+/// Columns of the result in a tile: register tiles of the `gemm` crate's kernel, one of 64 with AVX-512 or two of 24 with
+/// AVX2. With more it may copy both operands instead of one; these are as fast.
+fn tile_cols() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        return 64;
+    }
+    48
+}
+
+/// The longest stretch of a product's inner dimension that the `gemm` crate takes at a time.
+const DEPTH: usize = 512;
+
+/// Bytes that one thread allocates at most while it computes a tile: the operand that `gemm` copies in order.
+pub(crate) fn tile_bytes() -> usize {
+    let copied = if cfg!(target_arch = "x86_64") { tile_cols() } else { tile_cols() + TILE_ROWS };
+    copied * DEPTH * size_of::<f32>()
+}
+
 /// Rows of the result in a tile.
 const TILE_ROWS: usize = 256;
 /// Multiplications below which threads cost more than they bring.
@@ -62,10 +79,11 @@ impl Out {
 pub(crate) fn matmul(c: &mut [f32], a: Matrix, b: Matrix, m: usize, n: usize, k: usize, scale: f32, accumulate: bool) {
     assert!(c.len() >= m * n);
     let out = Out(c.as_mut_ptr());
-    let (tiles_m, tiles_n) = (m.div_ceil(TILE_ROWS), n.div_ceil(TILE_COLS));
+    let tile_cols = tile_cols();
+    let (tiles_m, tiles_n) = (m.div_ceil(TILE_ROWS), n.div_ceil(tile_cols));
     let tile = |i: usize| {
-        let (r, c) = (i / tiles_n * TILE_ROWS, i % tiles_n * TILE_COLS);
-        let (rows, cols) = (TILE_ROWS.min(m - r), TILE_COLS.min(n - c));
+        let (r, c) = (i / tiles_n * TILE_ROWS, i % tiles_n * tile_cols);
+        let (rows, cols) = (TILE_ROWS.min(m - r), tile_cols.min(n - c));
         // SAFETY: the tile lies inside `c`, tiles are disjoint, and the views cover [m, k] and [k, n].
         unsafe { tile_product(out.offset(r * n + c), n, a.at(r, 0), a, b.at(0, c), b, rows, cols, k, scale, accumulate) }
     };

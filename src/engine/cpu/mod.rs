@@ -23,8 +23,17 @@ pub use arena::Arena;
 use super::ops::*;
 use super::optimizer::AdamWHyper;
 use crate::data::Batch;
-use crate::plan::{MemoryPlan, Region, Space};
+use crate::plan::{ALIGNMENT, MemoryPlan, Region, Space};
 use crate::{Error, Result};
+
+/// Heap bytes beside the arena that an operation allocates and gives back, at most, on this machine with as many threads
+/// as rayon has: one operand of a tile of a matrix product for each thread, attention's list of tiles, the token losses
+/// of `chunk` rows, and what handing work to the threads costs.
+pub(crate) fn transient_bytes(tokens: usize, chunk: usize) -> u64 {
+    const HANDING_OUT: usize = 16 << 10;
+    let threads = rayon::current_num_threads() * (matmul::tile_bytes() + ALIGNMENT as usize);
+    (threads + attention::tiles_bytes(tokens) + chunk.min(tokens) * size_of::<f64>() + HANDING_OUT) as u64
+}
 
 /// What changes from step to step: read by the operations, never part of them.
 #[derive(Clone, Debug)]
