@@ -59,7 +59,7 @@ fn worst(ours: &Gradients, theirs: &BTreeMap<String, Vec<f64>>) -> (f64, String)
         assert!(scale > 0.0, "the gradient of {name} is zero");
         for (a, b) in ours.iter().zip(theirs) {
             let error = (f64::from(*a) - b).abs() / scale;
-            if !(error <= worst.0) {
+            if error > worst.0 || error.is_nan() {
                 worst = (error, name.clone());
             }
         }
