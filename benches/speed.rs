@@ -141,7 +141,8 @@ fn step_bench() {
         let mut times = engine.take_seconds();
         times.sort_by(|a, b| b.1.total_cmp(&a.1));
         let total: f64 = times.iter().map(|t| t.1).sum();
-        let shares: Vec<String> = times.iter().take(6).map(|(op, s)| format!("{op} {:.0} %", 100.0 * s / total)).collect();
+        let shares: Vec<String> =
+            times.iter().take(6).map(|(op, s)| format!("{op} {:.0} %", 100.0 * s / total)).collect();
         println!("    {}", shares.join(", "));
     }
 }

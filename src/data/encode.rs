@@ -58,7 +58,12 @@ pub struct DataConfig {
 impl DataConfig {
     /// Prompt and completion; loss on the completion; ends with eos.
     pub fn instruction(template: InstructionTemplate) -> Self {
-        DataConfig { format: Format::Instruction(template), train_on: TrainOn::Completion, max_length: None, add_eos: true }
+        DataConfig {
+            format: Format::Instruction(template),
+            train_on: TrainOn::Completion,
+            max_length: None,
+            add_eos: true,
+        }
     }
 
     /// Conversations in column `messages`; loss on the assistant's turns; ends as the chat template ends it.
@@ -69,7 +74,12 @@ impl DataConfig {
 
     /// Whole texts in a column; loss on every token; ends with eos.
     pub fn text(column: &str) -> Self {
-        DataConfig { format: Format::Text { column: column.into() }, train_on: TrainOn::All, max_length: None, add_eos: true }
+        DataConfig {
+            format: Format::Text { column: column.into() },
+            train_on: TrainOn::All,
+            max_length: None,
+            add_eos: true,
+        }
     }
 
     /// Sets [`train_on`](Self#structfield.train_on).
@@ -106,11 +116,13 @@ impl DataConfig {
         match &self.format {
             Format::Instruction(template) => rows.require(&template.columns()?),
             Format::Messages { column, .. } => rows.require(std::slice::from_ref(column)),
-            Format::Text { .. } if self.train_on == TrainOn::Completion => Err(Error::new("plain text has no completion")
-                .at("train_on")
-                .expected("`all` with the format `text`")
-                .found("`completion`")
-                .next("train on all tokens, or give prompt and completion as columns of their own")),
+            Format::Text { .. } if self.train_on == TrainOn::Completion => {
+                Err(Error::new("plain text has no completion")
+                    .at("train_on")
+                    .expected("`all` with the format `text`")
+                    .found("`completion`")
+                    .next("train on all tokens, or give prompt and completion as columns of their own"))
+            }
             Format::Text { column } => rows.require(std::slice::from_ref(column)),
         }
     }
@@ -132,7 +144,8 @@ enum Outcome {
 /// contradict each other, and rows of which none is left.
 pub fn encode(rows: &Rows, tokenizer: &Tokenizer, config: &DataConfig) -> Result<Dataset> {
     config.check(rows, tokenizer)?;
-    let outcomes: Vec<Result<Outcome>> = (0..rows.len()).into_par_iter().map(|i| encode_row(rows, i, tokenizer, config)).collect();
+    let outcomes: Vec<Result<Outcome>> =
+        (0..rows.len()).into_par_iter().map(|i| encode_row(rows, i, tokenizer, config)).collect();
     let mut report = DataReport { rows: rows.len(), ..DataReport::default() };
     let mut examples = vec![];
     for (i, outcome) in outcomes.into_iter().enumerate() {
@@ -149,7 +162,8 @@ pub fn encode(rows: &Rows, tokenizer: &Tokenizer, config: &DataConfig) -> Result
     }
     report.count(&examples, tokenizer.unk_id());
     if examples.is_empty() {
-        let reasons: Vec<String> = report.drop_reasons().into_iter().map(|(reason, n)| format!("{n}: {reason}")).collect();
+        let reasons: Vec<String> =
+            report.drop_reasons().into_iter().map(|(reason, n)| format!("{n}: {reason}")).collect();
         return Err(Error::new("no row is left to train on")
             .at(rows.source())
             .expected("at least one row with something to train on")
@@ -212,7 +226,10 @@ fn messages<'a>(rows: &'a Rows, i: usize, column: &str) -> Result<&'a [Value]> {
     };
     for message in list {
         if message.get("role").and_then(Value::as_str).is_none() {
-            return Err(bad(format!("a message without a role: {}", message.to_string().chars().take(120).collect::<String>())));
+            return Err(bad(format!(
+                "a message without a role: {}",
+                message.to_string().chars().take(120).collect::<String>()
+            )));
         }
     }
     Ok(list)
@@ -226,7 +243,8 @@ fn label(encoding: Encoding, spans: &[Range<usize>], tokenizer: &Tokenizer, conf
     let mut labels: Vec<i32> = (input_ids.iter().zip(&offsets))
         .map(|(&id, offset)| if all || overlaps(offset) { id as i32 } else { IGNORE_INDEX })
         .collect();
-    let merged_boundary = !all && offsets.iter().any(|&(start, end)| spans.iter().any(|s| start < s.start && s.start < end));
+    let merged_boundary =
+        !all && offsets.iter().any(|&(start, end)| spans.iter().any(|s| start < s.start && s.start < end));
     if let Some(eos) = tokenizer.eos_id().filter(|&eos| config.add_eos && input_ids.last() != Some(&eos)) {
         input_ids.push(eos);
         labels.push(eos as i32);

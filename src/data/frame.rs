@@ -14,10 +14,12 @@ impl Rows {
     /// Those of polars.
     pub fn to_frame(&self) -> Result<DataFrame> {
         let columns = self.columns().iter().map(|name| {
-            let values: Vec<&Value> = (0..self.len()).map(|i| self.get(i).and_then(|r| r.get(name)).unwrap_or(&Value::Null)).collect();
+            let values: Vec<&Value> =
+                (0..self.len()).map(|i| self.get(i).and_then(|r| r.get(name)).unwrap_or(&Value::Null)).collect();
             Column::from(series(name, &values))
         });
-        DataFrame::new(self.len(), columns.collect()).map_err(|e| Error::new("could not make a DataFrame").at(self.source()).caused_by(e))
+        DataFrame::new(self.len(), columns.collect())
+            .map_err(|e| Error::new("could not make a DataFrame").at(self.source()).caused_by(e))
     }
 
     /// Rows from a polars `DataFrame` of booleans, numbers, strings and lists of them.

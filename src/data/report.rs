@@ -61,7 +61,8 @@ impl DataReport {
         self.unk_tokens = examples.iter().flat_map(|e| &e.input_ids).filter(|&&id| Some(id) == unk).count();
         self.max_len = examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
         let width = (self.max_len / 16 + 1).next_multiple_of(if self.max_len > 128 { 8 } else { 1 });
-        self.lengths = (0..=self.max_len / width).map(|b| LengthBin { from: b * width, to: (b + 1) * width, count: 0 }).collect();
+        self.lengths =
+            (0..=self.max_len / width).map(|b| LengthBin { from: b * width, to: (b + 1) * width, count: 0 }).collect();
         for example in examples {
             if let Some(bin) = self.lengths.get_mut(example.input_ids.len() / width) {
                 bin.count += 1;
@@ -87,7 +88,11 @@ impl fmt::Debug for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let share = 100.0 * self.trained_tokens as f64 / self.tokens.max(1) as f64;
         write!(f, "{} of {} rows kept, {} truncated", self.kept, self.rows, self.truncated.len())?;
-        write!(f, "\n{} tokens, {} trained on ({share:.1} %), longest {}", self.tokens, self.trained_tokens, self.max_len)?;
+        write!(
+            f,
+            "\n{} tokens, {} trained on ({share:.1} %), longest {}",
+            self.tokens, self.trained_tokens, self.max_len
+        )?;
         for (reason, n) in self.drop_reasons() {
             let first = self.dropped.iter().find(|row| row.reason == reason).map_or("", |row| row.place.as_str());
             write!(f, "\ndropped {n}: {reason} (first: {first})")?;

@@ -136,7 +136,8 @@ impl Rows {
             .at(&*self.source)
             .expected(format!("columns {}", quoted(&wanted.iter().collect::<Vec<_>>())))
             .found(format!("columns {}", quoted(&self.columns.iter().collect::<Vec<_>>())));
-        let nearest = self.columns.iter().map(|c| (strsim::jaro_winkler(c, first), c)).max_by(|a, b| a.0.total_cmp(&b.0));
+        let nearest =
+            self.columns.iter().map(|c| (strsim::jaro_winkler(c, first), c)).max_by(|a, b| a.0.total_cmp(&b.0));
         Err(match nearest {
             Some((score, name)) if score > 0.8 => error.next(format!("did you mean `{name}`?")),
             _ => error.next("name the columns in the template as the rows do"),
@@ -181,7 +182,9 @@ fn parse_line(text: &[u8]) -> Result<Map<String, Value>> {
 }
 
 fn not_an_object(value: &Value) -> Error {
-    Error::new("a row is not a JSON object").expected(r#"an object such as {"instruction": "...", "output": "..."}"#).found(kind(value))
+    Error::new("a row is not a JSON object")
+        .expected(r#"an object such as {"instruction": "...", "output": "..."}"#)
+        .found(kind(value))
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -201,7 +204,13 @@ fn quoted(names: &[&String]) -> String {
 
 impl fmt::Debug for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Rows: {} from {}, columns {}", self.len(), self.source, quoted(&self.columns.iter().collect::<Vec<_>>()))?;
+        write!(
+            f,
+            "Rows: {} from {}, columns {}",
+            self.len(),
+            self.source,
+            quoted(&self.columns.iter().collect::<Vec<_>>())
+        )?;
         for row in self.rows.iter().take(3) {
             write!(f, "\n[{}]", row.line)?;
             for (name, value) in &row.values {

@@ -62,7 +62,8 @@ impl TextStream {
             self.read = self.ids.len();
             return Ok(String::new());
         }
-        let common = before.char_indices().zip(after.chars()).find(|((_, a), b)| a != b).map_or(before.len(), |((i, _), _)| i);
+        let common =
+            before.char_indices().zip(after.chars()).find(|((_, a), b)| a != b).map_or(before.len(), |((i, _), _)| i);
         let piece = after.get(common..).unwrap_or_default().to_string();
         self.start = self.read;
         self.read = self.ids.len();

@@ -62,7 +62,9 @@ impl InstructionTemplate {
                 "{task}, paired with an input that provides further context. {request}\n\n\
                  ### Instruction:\n{{{instruction}}}\n\n### Input:\n{{{input}}}\n\n### Response:\n"
             ),
-            prompt_without_input: Some(format!("{task}. {request}\n\n### Instruction:\n{{{instruction}}}\n\n### Response:\n")),
+            prompt_without_input: Some(format!(
+                "{task}. {request}\n\n### Instruction:\n{{{instruction}}}\n\n### Response:\n"
+            )),
             completion: format!("{{{output}}}"),
             input: input.into(),
         }
@@ -74,7 +76,9 @@ impl InstructionTemplate {
     /// Braces that do not match.
     pub fn columns(&self) -> Result<Vec<String>> {
         let mut columns: Vec<String> = vec![];
-        for text in [Some(&self.prompt), self.prompt_without_input.as_ref(), Some(&self.completion)].into_iter().flatten() {
+        for text in
+            [Some(&self.prompt), self.prompt_without_input.as_ref(), Some(&self.completion)].into_iter().flatten()
+        {
             for part in parse(text)? {
                 if let Part::Column(name) = part
                     && !(self.prompt_without_input.is_some() && name == self.input)

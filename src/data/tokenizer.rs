@@ -172,7 +172,8 @@ impl Tokenizer {
             encoding.ids.insert(0, bos);
             encoding.offsets.insert(0, (0, 0));
         }
-        let added_eos = encoding.ids.last().copied() == self.eos_id() && encoding.offsets.last().is_some_and(|o| o.0 == o.1);
+        let added_eos =
+            encoding.ids.last().copied() == self.eos_id() && encoding.offsets.last().is_some_and(|o| o.0 == o.1);
         if added_eos && self.eos.is_some() {
             encoding.ids.pop();
             encoding.offsets.pop();
@@ -270,7 +271,8 @@ fn read_json_object(path: PathBuf) -> Result<serde_json::Map<String, Value>> {
 }
 
 fn parse_object(text: &str, at: &str) -> Result<serde_json::Map<String, Value>> {
-    serde_json::from_str(text).map_err(|e| Error::new("could not read a tokenizer's config").at(at).expected("a JSON object").caused_by(e))
+    serde_json::from_str(text)
+        .map_err(|e| Error::new("could not read a tokenizer's config").at(at).expected("a JSON object").caused_by(e))
 }
 
 /// A special token of the config: a string, or an object with `content`.

@@ -73,7 +73,13 @@ impl BatchView {
 impl fmt::Debug for BatchView {
     /// Plain text: runs of trained tokens stand between `⟦` and `⟧`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Batch: {} examples, {} tokens, {} trained on ⟦so⟧", self.examples.len(), self.tokens.len(), self.trained())?;
+        write!(
+            f,
+            "Batch: {} examples, {} tokens, {} trained on ⟦so⟧",
+            self.examples.len(),
+            self.tokens.len(),
+            self.trained()
+        )?;
         let mut open = false;
         for token in &self.tokens {
             if open && (!token.trained || token.position == 0) {

@@ -192,7 +192,8 @@ impl Builder<'_> {
     fn dense(&mut self, name: &str, shape: &[usize], decay: bool) -> NormIds {
         let dtype = self.cfg.compute_dtype;
         let weight = self.regions.persistent(name, Stage::Weights, dtype, shape);
-        let mut slot = WeightSlot { name: name.into(), shape: shape.into(), weight: Weight::Dense { w: weight }, master: None };
+        let mut slot =
+            WeightSlot { name: name.into(), shape: shape.into(), weight: Weight::Dense { w: weight }, master: None };
         let mut grad = None;
         if self.cfg.method.is_full() {
             let pure = self.cfg.method == Method::FullPureBf16;
@@ -250,15 +251,8 @@ impl Builder<'_> {
         let grads = (self.cfg.method != Method::Inference).then(|| {
             (self.trainable(&a_name, a, None, &a_shape, true), self.trainable(&b_name, b, None, &b_shape, true))
         });
-        let lora = Lora {
-            a,
-            b,
-            grads,
-            r: cfg.r,
-            scaling: cfg.scaling() as f32,
-            dropout: cfg.lora_dropout as f32,
-            module,
-        };
+        let lora =
+            Lora { a, b, grads, r: cfg.r, scaling: cfg.scaling() as f32, dropout: cfg.lora_dropout as f32, module };
         self.adapters.insert(m.name.clone(), lora);
         lora
     }
@@ -304,7 +298,16 @@ impl Builder<'_> {
                 bitsandbytes: optim.is_8bit() || optim.is_paged(),
             }
         };
-        self.trainables.push(Trainable { name: name.into(), param, copy, grad, moments, paged, decay, shape: shape.into() });
+        self.trainables.push(Trainable {
+            name: name.into(),
+            param,
+            copy,
+            grad,
+            moments,
+            paged,
+            decay,
+            shape: shape.into(),
+        });
         grad
     }
 }

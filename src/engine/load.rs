@@ -194,7 +194,9 @@ impl Engine {
             return Err(Error::new("the adapter is scaled in another way than the plan's")
                 .expected(scaling.to_string())
                 .found(pair.scaling.to_string())
-                .next("plan with the adapter's own lora_alpha; if it differs between modules, merge first: lora::merge"));
+                .next(
+                    "plan with the adapter's own lora_alpha; if it differs between modules, merge first: lora::merge",
+                ));
         }
         Ok(())
     }

@@ -220,9 +220,8 @@ impl Engine {
         }
         if batch.tokens() > capacity {
             let expected = format!("at most {capacity} = {} x {}", config.micro_batch_size, config.max_seq_length);
-            return beyond("more tokens than the plan", expected, batch.tokens().to_string()).map_err(|e: Error| {
-                e.next("plan with a larger .batch() or .seq(), or use fewer or shorter examples")
-            });
+            return beyond("more tokens than the plan", expected, batch.tokens().to_string())
+                .map_err(|e: Error| e.next("plan with a larger .batch() or .seq(), or use fewer or shorter examples"));
         }
         // The fields are public: kernels trust them from here on.
         let (n, ends) = (batch.tokens(), &batch.cu_seqlens);

@@ -9,8 +9,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::nf4::Nf4Config;
 use crate::Result;
+use crate::nf4::Nf4Config;
 
 /// A tensor of the plan: an index into its regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -223,7 +223,13 @@ impl<'a> Pass<'a> {
         out
     }
 
-    fn add_norm(&mut self, residual: TensorId, delta: Option<(TensorId, TensorId)>, norm: NormIds, at: &str) -> (TensorId, TensorId) {
+    fn add_norm(
+        &mut self,
+        residual: TensorId,
+        delta: Option<(TensorId, TensorId)>,
+        norm: NormIds,
+        at: &str,
+    ) -> (TensorId, TensorId) {
         let out = self.act(&format!("{at} normed"), Stage::Activations, self.hidden());
         let rstd = self.stat(&format!("{at} rstd"), 1);
         self.push(Op::AddRmsnorm(AddRmsnorm {
@@ -376,9 +382,7 @@ impl<'a> Pass<'a> {
         }
         let order = |m: usize| [0, 0, 0, 1, 2, 2, 3][m];
         self.layout.layers.iter().enumerate().any(|(i, layer)| {
-            layer.linears.iter().enumerate().any(|(m, linear)| {
-                linear.lora.is_some() && (i, order(m)) < (l, group)
-            })
+            layer.linears.iter().enumerate().any(|(m, linear)| linear.lora.is_some() && (i, order(m)) < (l, group))
         })
     }
 
@@ -441,7 +445,15 @@ impl<'a> Pass<'a> {
         wanted.then(|| self.act(&format!("layer {l} {what} gradient"), Stage::ActivationGradients, width))
     }
 
-    fn renorm(&mut self, l: usize, at: &str, x: TensorId, rstd: TensorId, norm: NormIds, wanted: bool) -> Option<TensorId> {
+    fn renorm(
+        &mut self,
+        l: usize,
+        at: &str,
+        x: TensorId,
+        rstd: TensorId,
+        norm: NormIds,
+        wanted: bool,
+    ) -> Option<TensorId> {
         wanted.then(|| {
             let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, self.hidden());
             self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, out }));

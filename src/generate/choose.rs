@@ -13,7 +13,10 @@ impl Sampling {
     /// Names the field, what it may be and what it is.
     pub fn check(&self) -> Result<()> {
         let wrong = |field: &str, expected: &str, found: String| {
-            Err(Error::new(format!("`{field}` is out of range")).at(format!("sampling: {field}")).expected(expected).found(found))
+            Err(Error::new(format!("`{field}` is out of range"))
+                .at(format!("sampling: {field}"))
+                .expected(expected)
+                .found(found))
         };
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return wrong("temperature", "a number of at least 0; 0 is greedy", self.temperature.to_string());
@@ -25,7 +28,11 @@ impl Sampling {
             return wrong("top_p", "above 0 and at most 1, or none for all tokens", p.to_string());
         }
         if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            return wrong("repetition_penalty", "a number above 0; 1 changes nothing", self.repetition_penalty.to_string());
+            return wrong(
+                "repetition_penalty",
+                "a number above 0; 1 changes nothing",
+                self.repetition_penalty.to_string(),
+            );
         }
         if self.max_new_tokens == 0 {
             return wrong("max_new_tokens", "at least 1", "0".into());

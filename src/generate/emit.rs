@@ -49,7 +49,8 @@ impl Emitter {
     /// Bytes at the end of the text that may be the beginning of a stop string.
     fn held_back(&self) -> usize {
         let longest = self.stop_strings.iter().map(String::len).max().unwrap_or(0);
-        let tails = self.text.char_indices().rev().map(|(i, _)| &self.text[i..]).take_while(|tail| tail.len() < longest);
+        let tails =
+            self.text.char_indices().rev().map(|(i, _)| &self.text[i..]).take_while(|tail| tail.len() < longest);
         tails.filter(|tail| self.stop_strings.iter().any(|s| s.starts_with(tail))).map(str::len).max().unwrap_or(0)
     }
 

@@ -90,7 +90,14 @@ pub struct Generation {
 impl fmt::Debug for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}{}", self.prompt, self.text)?;
-        write!(f, "[{} + {} tokens, {:.1} tokens/s, {}]", self.prompt_tokens, self.tokens.len(), self.tokens_per_second, self.stop_reason)
+        write!(
+            f,
+            "[{} + {} tokens, {:.1} tokens/s, {}]",
+            self.prompt_tokens,
+            self.tokens.len(),
+            self.tokens_per_second,
+            self.stop_reason
+        )
     }
 }
 
@@ -101,7 +108,12 @@ impl fmt::Debug for Generation {
 /// # Errors
 /// An empty prompt, one that is longer than the decoder's capacity, a tokenizer with ids that the model has not, settings
 /// out of range, logits that are not finite, or an error of the decoder.
-pub fn generate(decoder: &mut dyn Decoder, tokenizer: &Tokenizer, prompt: &str, sampling: &Sampling) -> Result<Generation> {
+pub fn generate(
+    decoder: &mut dyn Decoder,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    sampling: &Sampling,
+) -> Result<Generation> {
     generate_with(decoder, tokenizer, prompt, sampling, &mut |_| {})
 }
 
@@ -183,12 +195,23 @@ fn generate_from(
     let further = tokens.len().saturating_sub(1) as f64;
     let tokens_per_second = if further > 0.0 && seconds_decode > 0.0 { further / seconds_decode } else { 0.0 };
     let prompt_tokens = prompt_ids.len();
-    Ok(Generation { prompt, text, prompt_tokens, tokens, stop_reason, seconds_prefill, seconds_decode, tokens_per_second })
+    Ok(Generation {
+        prompt,
+        text,
+        prompt_tokens,
+        tokens,
+        stop_reason,
+        seconds_prefill,
+        seconds_decode,
+        tokens_per_second,
+    })
 }
 
 fn check_prompt(decoder: &dyn Decoder, ids: &[u32]) -> Result<()> {
     if ids.is_empty() {
-        return Err(Error::new("the prompt is empty").expected("at least one token").next("this tokenizer adds no bos token: give it some text"));
+        return Err(Error::new("the prompt is empty")
+            .expected("at least one token")
+            .next("this tokenizer adds no bos token: give it some text"));
     }
     if ids.len() > decoder.capacity() {
         return Err(Error::new("the prompt is longer than the key-value cache")

@@ -155,10 +155,7 @@ impl fmt::Debug for Adapter {
 
 impl LoraPair {
     fn halves(&self) -> [(char, &[f32], Vec<usize>); 2] {
-        [
-            ('A', &self.a[..], vec![self.r, self.in_features]),
-            ('B', &self.b[..], vec![self.out_features, self.r]),
-        ]
+        [('A', &self.a[..], vec![self.r, self.in_features]), ('B', &self.b[..], vec![self.out_features, self.r])]
     }
 }
 
@@ -191,7 +188,11 @@ fn check_modules<'a>(
             );
         }
         if module == "lm_head" && spec.tie_word_embeddings {
-            return wrong("a tied lm_head cannot be adapted", "modules with a weight of their own".into(), module.into());
+            return wrong(
+                "a tied lm_head cannot be adapted",
+                "modules with a weight of their own".into(),
+                module.into(),
+            );
         }
     }
     Ok(())

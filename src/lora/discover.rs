@@ -259,7 +259,15 @@ impl fmt::Display for Discovery {
             let shape = format!("[{}, {}]", g.out_features, g.in_features);
             writeln!(f, "  {:<10} {:>7}  {shape:<15} {status:<10} {:>16}", g.leaf, g.count, commas(g.params(1)))?;
         }
-        write!(f, "  {:<10} {:>7}  {:<15} {:<10} {:>16}", "together", self.matched.len(), "", "", commas(self.params(1)))
+        write!(
+            f,
+            "  {:<10} {:>7}  {:<15} {:<10} {:>16}",
+            "together",
+            self.matched.len(),
+            "",
+            "",
+            commas(self.params(1))
+        )
     }
 }
 

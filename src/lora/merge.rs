@@ -326,7 +326,6 @@ fn by_weight(spec: &ModelSpec) -> std::collections::HashMap<String, LinearModule
 
 /// Files are in another order than the network.
 fn sort_as_network(report: &mut MergeReport, spec: &ModelSpec) {
-    let order: std::collections::HashMap<String, usize> =
-        spec.linears().into_iter().map(|m| m.name).zip(0..).collect();
+    let order: std::collections::HashMap<String, usize> = spec.linears().into_iter().map(|m| m.name).zip(0..).collect();
     report.modules.sort_by_key(|m| order.get(&m.module).copied());
 }

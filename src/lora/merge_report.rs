@@ -197,7 +197,10 @@ impl fmt::Display for MergeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {} weights merged onto {}", self.model, self.modules.len(), self.onto)?;
         let trained = if self.trained_on_quantized { "quantized" } else { "original" };
-        writeln!(f, "  distance is from the adapter beside the {trained} weights; all columns but the norms are shares of |dW|")?;
+        writeln!(
+            f,
+            "  distance is from the adapter beside the {trained} weights; all columns but the norms are shares of |dW|"
+        )?;
         writeln!(
             f,
             "  {:<8} {:>10} {:>10} {:>8} | {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8}",

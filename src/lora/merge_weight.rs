@@ -243,8 +243,7 @@ impl Job<'_> {
             })
         };
         for window in blocks.chunks(WINDOW) {
-            let outs: Vec<(Sums, f64)> =
-                window.par_iter().map_init(Scratch::default, one).collect::<Result<_>>()?;
+            let outs: Vec<(Sums, f64)> = window.par_iter().map_init(Scratch::default, one).collect::<Result<_>>()?;
             for (sums, distance) in outs {
                 total.0 += sums;
                 total.1 += distance;

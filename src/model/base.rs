@@ -90,7 +90,9 @@ impl Base {
                 .expected(format!("{name} {shape:?}"))
                 .found(format!("{} other tensors", checkpoint.names().len()));
             return Err(if name == "lm_head.weight" {
-                e.next("if the model ties lm_head to the embedding table, config.json must say tie_word_embeddings: true")
+                e.next(
+                    "if the model ties lm_head to the embedding table, config.json must say tie_word_embeddings: true",
+                )
             } else {
                 e.next("config.json and the safetensors files belong to different models, or the download is not whole")
             });

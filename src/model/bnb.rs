@@ -28,8 +28,7 @@ impl QuantizationConfig {
     /// # Errors
     /// A quantization other than bitsandbytes' 4 bits, by name.
     pub fn from_config_json(json: &str) -> Result<Option<Self>> {
-        let config: Value =
-            serde_json::from_str(json).map_err(|e| Error::new("not valid JSON").caused_by(e))?;
+        let config: Value = serde_json::from_str(json).map_err(|e| Error::new("not valid JSON").caused_by(e))?;
         let Some(q) = config.get("quantization_config").filter(|v| !v.is_null()) else { return Ok(None) };
         let text = |key: &str| q.get(key).and_then(Value::as_str);
         let flag = |key: &str| q.get(key).and_then(Value::as_bool).unwrap_or(false);

@@ -173,11 +173,13 @@ fn refuse_variants(f: &Fields<'_>) -> Result<()> {
     let rope = f.map.get("rope_parameters").and_then(Value::as_object);
     let partial = f.map.get("partial_rotary_factor").or(rope.and_then(|r| r.get("partial_rotary_factor")));
     match partial {
-        Some(v) if !v.is_null() && v.as_f64() != Some(1.0) => Err(Error::new("partial rotary embeddings are not supported")
-            .at("partial_rotary_factor")
-            .expected("1.0, or no such key")
-            .found(v.to_string())
-            .next("use a model that rotates whole heads")),
+        Some(v) if !v.is_null() && v.as_f64() != Some(1.0) => {
+            Err(Error::new("partial rotary embeddings are not supported")
+                .at("partial_rotary_factor")
+                .expected("1.0, or no such key")
+                .found(v.to_string())
+                .next("use a model that rotates whole heads"))
+        }
         _ => Ok(()),
     }
 }

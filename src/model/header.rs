@@ -143,21 +143,23 @@ fn entry(name: &str, value: Value, start: u64, len: u64) -> Result<Entry> {
         shape: Vec<u64>,
         data_offsets: [u64; 2],
     }
-    let raw: Raw = serde_json::from_value(value)
-        .map_err(|e| Error::new("the entry of a tensor is not valid").caused_by(e))?;
+    let raw: Raw =
+        serde_json::from_value(value).map_err(|e| Error::new("the entry of a tensor is not valid").caused_by(e))?;
     let [begin, end] = raw.data_offsets;
-    let bytes = end.checked_sub(begin).ok_or_else(|| {
-        Error::new("a tensor ends before it starts").found(format!("data_offsets [{begin}, {end}]"))
-    })?;
+    let bytes = end
+        .checked_sub(begin)
+        .ok_or_else(|| Error::new("a tensor ends before it starts").found(format!("data_offsets [{begin}, {end}]")))?;
     let room = len.saturating_sub(start);
     if end > room {
         return Err(Error::new("a tensor lies beyond the end of the file")
             .expected(format!("to end within {room} bytes of tensors"))
             .found(format!("data_offsets [{begin}, {end}]")));
     }
-    let numel = raw.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).ok_or_else(|| {
-        Error::new("the shape of a tensor cannot be right").found(format!("{:?}", raw.shape))
-    })?;
+    let numel = raw
+        .shape
+        .iter()
+        .try_fold(1u64, |n, &d| n.checked_mul(d))
+        .ok_or_else(|| Error::new("the shape of a tensor cannot be right").found(format!("{:?}", raw.shape)))?;
     let dtype = dtype_from(&raw.dtype);
     if let Ok(d) = dtype {
         let size = d.size_in_bytes() as u64;

@@ -59,8 +59,8 @@ impl OutDir {
     pub(crate) fn write_config(&self, base: &Base, quantization: Option<Value>) -> Result<()> {
         let path = base.dir().join("config.json");
         let text = files::read_to_string(&path)?;
-        let mut map: Map<String, Value> = serde_json::from_str(&text)
-            .map_err(|e| Error::new("not a JSON object").at_path(&path).caused_by(e))?;
+        let mut map: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|e| Error::new("not a JSON object").at_path(&path).caused_by(e))?;
         let sorted = map.keys().is_sorted();
         let before = map.shift_remove("quantization_config");
         if before == quantization {

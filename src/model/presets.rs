@@ -136,13 +136,7 @@ const PRESETS: &[Preset] = &[
         bos_eos: (0, 0),
         ..LLAMA
     },
-    Preset {
-        name: "yi-6b",
-        hub_id: "01-ai/Yi-6B",
-        sizes: [64_000, 4096, 11_008, 32, 32, 4],
-        rope_theta: 5e6,
-        ..LLAMA
-    },
+    Preset { name: "yi-6b", hub_id: "01-ai/Yi-6B", sizes: [64_000, 4096, 11_008, 32, 32, 4], rope_theta: 5e6, ..LLAMA },
 ];
 
 impl Preset {
@@ -200,7 +194,9 @@ impl ModelSpec {
             near.sort_by(|a, b| b.0.total_cmp(&a.0));
             let next = match near.first() {
                 Some((score, name)) if *score > 0.7 => {
-                    format!("did you mean `{name}`? ModelSpec::presets() lists all; any config.json works through from_dir")
+                    format!(
+                        "did you mean `{name}`? ModelSpec::presets() lists all; any config.json works through from_dir"
+                    )
                 }
                 _ => "ModelSpec::presets() lists all; any config.json works through ModelSpec::from_dir".into(),
             };

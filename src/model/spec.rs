@@ -121,12 +121,7 @@ impl ModelSpec {
                 out.push(LinearModule { name, out_features, in_features, layer: Some(layer) });
             }
         }
-        out.push(LinearModule {
-            name: "lm_head".into(),
-            out_features: self.vocab_size,
-            in_features: c,
-            layer: None,
-        });
+        out.push(LinearModule { name: "lm_head".into(), out_features: self.vocab_size, in_features: c, layer: None });
         out
     }
 

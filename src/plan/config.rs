@@ -128,7 +128,11 @@ impl PlanConfig {
             return bad("seq", &expected, self.max_seq_length.to_string());
         }
         if self.micro_batch_size.checked_mul(self.max_seq_length).is_none_or(|t| t > 1 << 28) {
-            return bad("batch, seq", "at most 2^28 tokens", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
+            return bad(
+                "batch, seq",
+                "at most 2^28 tokens",
+                format!("{} x {}", self.micro_batch_size, self.max_seq_length),
+            );
         }
         if let Some(n) = self.max_context
             && (n == 0 || n > spec.max_position_embeddings)

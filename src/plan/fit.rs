@@ -158,7 +158,10 @@ fn candidates(plan: &MemoryPlan, gpu: &Gpu) -> Vec<Candidate> {
             c.checkpointing = if more == layers { Checkpointing::All } else { Checkpointing::Layers(more) };
         };
         let what = if n == layers { "Checkpointing::All".into() } else { format!("Checkpointing::Layers({n})") };
-        let cost = format!("{n} of {layers} layers computed twice: about {:.0} % more time", 100.0 * n as f64 / layers as f64 / 3.0);
+        let cost = format!(
+            "{n} of {layers} layers computed twice: about {:.0} % more time",
+            100.0 * n as f64 / layers as f64 / 3.0
+        );
         add(&format!(".checkpointing({what})"), &cost, Box::new(recompute));
     }
     let mut batch = config.micro_batch_size / 2;
@@ -228,7 +231,9 @@ impl PlanBuilder {
     pub fn fit(self, gpu: Gpu) -> Result<Fitted> {
         let asked = self.clone().build()?;
         let (config, layers) = (asked.config().clone(), asked.spec().num_hidden_layers);
-        let fits = |c: &PlanConfig| asked.with(c.clone()).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes);
+        let fits = |c: &PlanConfig| {
+            asked.with(c.clone()).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes)
+        };
         let mut best = PlanConfig { micro_batch_size: 1, resident_state: false, ..config.clone() };
         let n = fewest_recomputed(&asked, &best, &gpu);
         best.checkpointing = layers_recomputed(n, layers);
@@ -244,18 +249,23 @@ impl PlanBuilder {
         if n == 0 {
             reasons[0] = "no layer is recomputed: there is room for all activations".into();
         }
-        let batch = (1..=config.micro_batch_size).rev().find(|&b| fits(&PlanConfig { micro_batch_size: b, ..best.clone() }));
+        let batch =
+            (1..=config.micro_batch_size).rev().find(|&b| fits(&PlanConfig { micro_batch_size: b, ..best.clone() }));
         best.micro_batch_size = batch.unwrap_or(1);
         reasons.push(if best.micro_batch_size == config.micro_batch_size {
             format!("the micro-batch is {}, as asked", best.micro_batch_size)
         } else {
             let of = config.micro_batch_size;
-            format!("the micro-batch is {} of the {of} asked for: accumulate gradients for the rest", best.micro_batch_size)
+            format!(
+                "the micro-batch is {} of the {of} asked for: accumulate gradients for the rest",
+                best.micro_batch_size
+            )
         });
         if config.optim.is_paged() {
             best.resident_state = true;
             best.resident_state = fits(&best);
-            let place = if best.resident_state { "stays on the card: there is room" } else { "is paged through a window" };
+            let place =
+                if best.resident_state { "stays on the card: there is room" } else { "is paged through a window" };
             reasons.push(format!("optimizer state {place}"));
         }
         Ok(Fitted { plan: asked.with(best)?, gpu, reasons })

@@ -9,6 +9,7 @@ use super::pack::{Block, align, pack};
 use super::region::{Lifetime, Phase, Region, Space, Stage};
 use super::scratch::scratch_bytes;
 use super::{Checkpointing, Method, PlanConfig};
+use crate::Result;
 use crate::engine::layout::{Layout, layout};
 use crate::engine::ops::{Op, Scratch};
 use crate::engine::transformer::{Programs, programs};
@@ -16,7 +17,6 @@ use crate::lora::{Discovery, LoraConfig, Targets};
 use crate::model::ModelSpec;
 use crate::nf4::Nf4Config;
 use crate::train::Optim;
-use crate::Result;
 
 /// The fewest positions of KV cache that a plan reserves when it is not told.
 const MIN_CONTEXT: usize = 256;
@@ -227,7 +227,13 @@ impl MemoryPlan {
         for (i, stage) in Stage::ALL.into_iter().enumerate() {
             let of_stage = |r: &&Region| r.stage == stage;
             let device = peak.as_ref().map_or(0, |p| p.bytes[i]);
-            let host = self.regions().iter().filter(of_stage).filter(|r| r.space == Space::Host).map(|r| align(r.bytes())).sum();
+            let host = self
+                .regions()
+                .iter()
+                .filter(of_stage)
+                .filter(|r| r.space == Space::Host)
+                .map(|r| align(r.bytes()))
+                .sum();
             let regions = self.regions().iter().filter(of_stage).count();
             if device + host > 0 {
                 rows.push(StageBytes { stage: Some(stage), device, host, regions });

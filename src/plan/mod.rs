@@ -14,10 +14,10 @@ mod pack;
 mod region;
 mod scratch;
 
-pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
-pub use gpu::Gpu;
-pub use fit::{Change, Fit, FitTable, Fitted};
 pub use config::{Checkpointing, Method, PlanConfig};
+pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
+pub use fit::{Change, Fit, FitTable, Fitted};
+pub use gpu::Gpu;
 #[cfg(test)]
 pub(crate) use memory::of_ops;
 pub use memory::{MemoryPlan, PlanBuilder, StageBytes, TimelinePoint};

@@ -132,7 +132,9 @@ fn sync_and_hash(dir: &Path) -> Result<Vec<ManifestFile>> {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
         let is_file = fs::symlink_metadata(&path).is_ok_and(|m| m.is_file());
         if name.is_empty() || !is_file {
-            return Err(Error::new("a checkpoint holds plain files only").at_path(&path).next("write the adapter without directories or links"));
+            return Err(Error::new("a checkpoint holds plain files only")
+                .at_path(&path)
+                .next("write the adapter without directories or links"));
         }
         let run = || -> std::io::Result<ManifestFile> {
             let mut file = File::open(&path)?;
@@ -182,7 +184,8 @@ fn prune(parent: &Path, newest: u64, limit: Option<usize>) -> Result<()> {
     let Some(limit) = limit else { return Ok(()) };
     let mut older: Vec<u64> = list_steps(parent)?.into_iter().filter(|&step| step < newest).collect();
     // Damaged ones are evidence, not checkpoints: neither counted nor deleted. Sizes are enough to tell here.
-    older.retain(|step| CheckpointDir::open(parent.join(format!("step-{step}"))).is_ok_and(|c| c.check_sizes().is_ok()));
+    older
+        .retain(|step| CheckpointDir::open(parent.join(format!("step-{step}"))).is_ok_and(|c| c.check_sizes().is_ok()));
     let excess = (older.len() + 1).saturating_sub(limit.max(1));
     for step in &older[..excess] {
         let dir = parent.join(format!("step-{step}"));

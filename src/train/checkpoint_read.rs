@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{MANIFEST_FILE, Manifest, ManifestFile, OPTIMIZER_FILE, STATE_FILE, TMP_PREFIX};
+use super::exact_json;
 use super::fingerprint::sha256_file;
 use super::state::{RunDir, TrainState, read_versioned};
 use super::tensor_file::TensorFile;
-use super::exact_json;
 use crate::{Error, Result, files};
 
 /// A checkpoint on disk, known by its manifest.

@@ -118,7 +118,12 @@ impl TrainConfig {
     fn check_amounts(&self, out: &mut Vec<Problem>) {
         let epochs = self.num_train_epochs;
         if !(epochs.is_finite() && epochs > 0.0) {
-            out.push(Problem::new("num_train_epochs", "a number above 0", epochs, "1 is a good start; or give `max_steps`"));
+            out.push(Problem::new(
+                "num_train_epochs",
+                "a number above 0",
+                epochs,
+                "1 is a good start; or give `max_steps`",
+            ));
         }
         let at_least_one = "a whole number from 1";
         if self.max_steps == Some(0) {
@@ -143,7 +148,12 @@ impl TrainConfig {
         ] {
             // What every reader of TOML and JSON holds exactly.
             if let Some(value) = value.filter(|&v| v > MAX_COUNT) {
-                out.push(Problem::new(field, format!("a whole number up to 2^53 = {MAX_COUNT}"), value, "choose a smaller one"));
+                out.push(Problem::new(
+                    field,
+                    format!("a whole number up to 2^53 = {MAX_COUNT}"),
+                    value,
+                    "choose a smaller one",
+                ));
             }
         }
         if self.logging_steps == 0 {
@@ -153,7 +163,12 @@ impl TrainConfig {
             out.push(Problem::new("eval_steps", at_least_one, 0, "leave it out to evaluate only when asked"));
         }
         if self.save_total_limit == Some(0) {
-            out.push(Problem::new("save_total_limit", at_least_one, 0, "a run needs its last checkpoint; leave it out to keep all"));
+            out.push(Problem::new(
+                "save_total_limit",
+                at_least_one,
+                0,
+                "a run needs its last checkpoint; leave it out to keep all",
+            ));
         }
         if self.group_by_length && !self.shuffle {
             let found = "group_by_length = true with shuffle = false";
@@ -170,7 +185,8 @@ impl TrainConfig {
         if !(0.0..=1.0).contains(&self.weight_decay) {
             out.push(Problem::new("weight_decay", "a number from 0 to 1", self.weight_decay, "0 turns it off"));
         }
-        for (field, value, usual) in [("adam_beta1", self.adam_beta1, "0.9"), ("adam_beta2", self.adam_beta2, "0.999")] {
+        for (field, value, usual) in [("adam_beta1", self.adam_beta1, "0.9"), ("adam_beta2", self.adam_beta2, "0.999")]
+        {
             if !((0.0..1.0).contains(&value) && (value as f32) < 1.0) {
                 out.push(Problem::new(field, "a number from 0 to below 1", value, format!("{usual} is usual")));
             }
@@ -297,19 +313,14 @@ fn nearest_advice(value: &Value, names: &[&str]) -> String {
 /// The name that a reader most likely meant, if any is near.
 fn nearest(key: &str, names: &[String]) -> Option<String> {
     let score = |name: &str| strsim::jaro_winkler(&key.to_lowercase(), name);
-    names
-        .iter()
-        .max_by(|a, b| score(a).total_cmp(&score(b)))
-        .filter(|name| score(name) > 0.8)
-        .cloned()
+    names.iter().max_by(|a, b| score(a).total_cmp(&score(b))).filter(|name| score(name) > 0.8).cloned()
 }
 
 /// Parses an enum by its serde names.
 pub(super) fn named<T: DeserializeOwned>(field: &str, name: &str, names: &[&str]) -> Result<T> {
     let value = Value::String(name.to_owned());
     value.clone().try_into::<T>().map_err(|_| {
-        Problem::new(field, one_of(names), format!("\"{name}\""), nearest_advice(&value, names))
-            .into_error()
+        Problem::new(field, one_of(names), format!("\"{name}\""), nearest_advice(&value, names)).into_error()
     })
 }
 

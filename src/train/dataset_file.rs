@@ -30,7 +30,8 @@ pub fn save_dataset(path: impl AsRef<Path>, dataset: &Dataset) -> Result<()> {
             slice("labels", Dtype::I32, labels.len(), bytemuck::cast_slice(&labels)),
         ],
     );
-    let renamed = written.and_then(|()| std::fs::rename(&tmp, path).map_err(|e| Error::io("rename into place", path, e)));
+    let renamed =
+        written.and_then(|()| std::fs::rename(&tmp, path).map_err(|e| Error::io("rename into place", path, e)));
     if renamed.is_err() {
         _ = std::fs::remove_file(&tmp);
     }

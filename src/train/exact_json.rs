@@ -39,7 +39,8 @@ fn floats(text: &str) -> Vec<f64> {
         match bytes[at] {
             b'"' => at = string_end(bytes, at),
             b'-' | b'0'..=b'9' => {
-                let end = bytes[at..].iter().position(|b| !b"+-.eE0123456789".contains(b)).map_or(bytes.len(), |n| at + n);
+                let end =
+                    bytes[at..].iter().position(|b| !b"+-.eE0123456789".contains(b)).map_or(bytes.len(), |n| at + n);
                 found.extend(float(&text[at..end]));
                 at = end;
             }
@@ -133,7 +134,8 @@ mod tests {
     fn only_numbers_outside_strings_are_replaced() {
         let text = r#"{"a\"1.5":[1,"2.5\\",-0,{"b":1e2,"c":18446744073709551616}],"d":-3,"e":0.1}"#;
         let v = value(text).unwrap();
-        let expected = json!({"a\"1.5": [1, "2.5\\", -0.0, {"b": 100.0, "c": 18446744073709551616.0}], "d": -3, "e": 0.1});
+        let expected =
+            json!({"a\"1.5": [1, "2.5\\", -0.0, {"b": 100.0, "c": 18446744073709551616.0}], "d": -3, "e": 0.1});
         assert_eq!(v, expected);
         assert!(value(r#"{"a":1.5,"a":2.5}"#).is_err());
         assert!(value("{\"a\":").is_err());

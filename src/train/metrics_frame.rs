@@ -39,5 +39,6 @@ pub fn metrics_frame(reports: &[StepReport]) -> Result<DataFrame> {
         flags("clipped", |r| r.clipped),
         flags("resumed", |r| r.resumed),
     ];
-    DataFrame::new(reports.len(), columns).map_err(|e| Error::new("could not make a DataFrame of the reports").caused_by(e))
+    DataFrame::new(reports.len(), columns)
+        .map_err(|e| Error::new("could not make a DataFrame of the reports").caused_by(e))
 }

@@ -379,7 +379,9 @@ impl Run {
     /// A full disk or an unwritable directory: older checkpoints stay whole.
     pub fn checkpoint(&mut self) -> Result<CheckpointDir> {
         if let Some(why) = &self.stopped {
-            return Err(Error::new("a run that failed is not saved").found(why.clone()).next("resume it from its last checkpoint"));
+            return Err(Error::new("a run that failed is not saved")
+                .found(why.clone())
+                .next("resume it from its last checkpoint"));
         }
         let engine = &self.engine;
         let optimizer = engine.optimizer_state();
@@ -670,7 +672,11 @@ fn engine(plan: &MemoryPlan, base: Option<&Base>, seed: u64) -> Result<Engine> {
 /// Plan, data and configuration against each other; the total number of steps.
 fn check(plan: &MemoryPlan, data: &Dataset, config: &TrainConfig) -> Result<u64> {
     let wrong = |field: &str, expected: String, found: String, next: &str| {
-        Err(Error::new("the plan and the configuration do not fit together").at(field).expected(expected).found(found).next(next))
+        Err(Error::new("the plan and the configuration do not fit together")
+            .at(field)
+            .expected(expected)
+            .found(found)
+            .next(next))
     };
     let p = plan.config();
     if plan.trainable_params() == 0 {
@@ -783,7 +789,9 @@ fn file_dtype(t: &StateTensor) -> Result<Dtype> {
         DType::F32 => Ok(Dtype::F32),
         DType::BF16 => Ok(Dtype::BF16),
         DType::U8 => Ok(Dtype::U8),
-        other => Err(Error::new("a state tensor has a dtype that is not saved").at(t.name.clone()).found(other.as_str())),
+        other => {
+            Err(Error::new("a state tensor has a dtype that is not saved").at(t.name.clone()).found(other.as_str()))
+        }
     }
 }
 

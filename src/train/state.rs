@@ -116,7 +116,14 @@ pub struct RunRecord {
 
 impl RunRecord {
     /// A record in this version's format.
-    pub fn new(spec: ModelSpec, lora: Value, train: TrainConfig, plan: Value, base: BaseRecord, dataset: DatasetRecord) -> Self {
+    pub fn new(
+        spec: ModelSpec,
+        lora: Value,
+        train: TrainConfig,
+        plan: Value,
+        base: BaseRecord,
+        dataset: DatasetRecord,
+    ) -> Self {
         RunRecord {
             format_version: RUN_FORMAT_VERSION,
             tunebook_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -197,7 +204,8 @@ impl RunDir {
         // Empty ones are what a creation leaves that was cut short before `commit`.
         let used = |file: &str| {
             let path = path.join(file);
-            std::fs::read_dir(&path).map_or_else(|_| std::fs::metadata(&path).is_ok_and(|m| m.len() > 0), |d| d.count() > 0)
+            std::fs::read_dir(&path)
+                .map_or_else(|_| std::fs::metadata(&path).is_ok_and(|m| m.len() > 0), |d| d.count() > 0)
         };
         if let Some(file) = ["run.json", "metrics.jsonl", "checkpoints"].into_iter().find(|file| used(file)) {
             return Err(Error::new("there is already a run here")
@@ -275,7 +283,11 @@ pub(super) fn read_versioned<T: serde::de::DeserializeOwned>(path: &Path) -> Res
                 .at_path(path)
                 .expected(format!("format version {RUN_FORMAT_VERSION}"))
                 .found(found)
-                .next(if newer { "use a newer version of tunebook" } else { "use the version of tunebook that wrote it" }));
+                .next(if newer {
+                    "use a newer version of tunebook"
+                } else {
+                    "use the version of tunebook that wrote it"
+                }));
         }
     }
     serde_json::from_value(value).map_err(|e| {

@@ -154,7 +154,8 @@ fn dequantized(base: &Base, config: Nf4Config) -> impl Fn(&str) -> Vec<f32> {
 
 #[test]
 fn qlora_nested_and_plain() {
-    let configs: [(Value, &str); 2] = [(mistral(3, Some(5)), "all-linear"), (llama(2, true), "k_proj,up_proj,down_proj")];
+    let configs: [(Value, &str); 2] =
+        [(mistral(3, Some(5)), "all-linear"), (llama(2, true), "k_proj,up_proj,down_proj")];
     for (config, targets) in configs {
         let model = RandomModel::new(&config, 4);
         for double_quant in [true, false] {

@@ -13,8 +13,8 @@ use tunebook::data::{Dataset, Example};
 use tunebook::model::ModelSpec;
 use tunebook::train::{
     BaseRecord, CheckpointDir, DatasetRecord, EvalReport, Metrics, MetricsLog, RngState, RunDir, RunRecord, StepReport,
-    TensorSlice, TrainConfig, TrainState, clean_leftovers, fingerprint_dir, latest_checkpoint, load_dataset, save_dataset,
-    scan_checkpoints, write_checkpoint,
+    TensorSlice, TrainConfig, TrainState, clean_leftovers, fingerprint_dir, latest_checkpoint, load_dataset,
+    save_dataset, scan_checkpoints, write_checkpoint,
 };
 
 use crate::kill_resume::{child_dir, kill_child_after, run_child, spawn_child};
@@ -37,7 +37,12 @@ fn new_run(at: &Path) -> RunDir {
 }
 
 fn state(step: u64) -> TrainState {
-    TrainState { step, total_tokens: step * 100, rng: RngState { seed: 42, micro_steps: step * 2 }, ..TrainState::default() }
+    TrainState {
+        step,
+        total_tokens: step * 100,
+        rng: RngState { seed: 42, micro_steps: step * 2 },
+        ..TrainState::default()
+    }
 }
 
 /// Saves a checkpoint whose every byte depends on the step.
@@ -69,7 +74,8 @@ fn check(c: &CheckpointDir) -> u64 {
 }
 
 fn listing(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -183,7 +189,8 @@ fn a_failing_adapter_or_directory_harms_nothing() {
     let tmp = TempDir::new().unwrap();
     let run = new_run(&tmp.path().join("run"));
     save(&run, 1, Some(1)).unwrap();
-    let e = write_checkpoint(&run, &state(2), &[], Some(1), &mut |_| Err(tunebook::Error::new("no adapter"))).unwrap_err();
+    let e =
+        write_checkpoint(&run, &state(2), &[], Some(1), &mut |_| Err(tunebook::Error::new("no adapter"))).unwrap_err();
     assert_eq!(e.what(), "the checkpoint of step 2 was not written");
     assert!(e.to_string().contains("no adapter"));
     assert_eq!(listing(&run.checkpoints()), ["step-1"]);
@@ -243,7 +250,13 @@ fn child_small_disk() {
     // SAFETY: NUL-terminated strings that live through the calls; the namespace ends with this process.
     let mounted = unsafe {
         libc::unshare(libc::CLONE_NEWNS) == 0
-            && libc::mount(c"none".as_ptr(), c"/".as_ptr(), c"none".as_ptr(), libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()) == 0
+            && libc::mount(
+                c"none".as_ptr(),
+                c"/".as_ptr(),
+                c"none".as_ptr(),
+                libc::MS_REC | libc::MS_PRIVATE,
+                std::ptr::null(),
+            ) == 0
             && libc::mount(c"none".as_ptr(), disk.as_ptr(), c"tmpfs".as_ptr(), 0, c"size=150000".as_ptr().cast()) == 0
     };
     if !mounted {
@@ -431,7 +444,8 @@ fn metrics_are_cut_at_the_checkpoint() {
     for step in 1..=200 {
         assert_eq!(log.append(report(step)).unwrap(), report(step));
     }
-    let evaluation = |step| EvalReport { step, loss: 0.1 + step as f64, examples: 3, tokens: 4, trained_tokens: 2, seconds: 0.3 };
+    let evaluation =
+        |step| EvalReport { step, loss: 0.1 + step as f64, examples: 3, tokens: 4, trained_tokens: 2, seconds: 0.3 };
     for step in [50, 100, 150] {
         log.append_evaluation(&evaluation(step)).unwrap();
     }
@@ -472,7 +486,8 @@ fn losses_that_are_no_numbers_are_kept() {
     let tmp = TempDir::new().unwrap();
     let run = new_run(&tmp.path().join("run"));
     let mut log = MetricsLog::create(&run).unwrap();
-    let odd = StepReport { loss: f64::NAN, grad_norm: f64::INFINITY, epoch: f64::NEG_INFINITY, seconds: -0.0, ..report(1) };
+    let odd =
+        StepReport { loss: f64::NAN, grad_norm: f64::INFINITY, epoch: f64::NEG_INFINITY, seconds: -0.0, ..report(1) };
     log.append(odd).unwrap();
     let back = &Metrics::read(run.path()).unwrap().steps[0];
     assert!(back.loss.is_nan());

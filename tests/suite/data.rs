@@ -1,7 +1,9 @@
 //! Rows, templates, tokens, loss masks, batches and their order.
 
 use serde_json::Value;
-use tunebook::data::{Batch, BatchView, Dataset, Example, IGNORE_INDEX, TextStream, Tokenizer, epoch_order, length_grouped};
+use tunebook::data::{
+    Batch, BatchView, Dataset, Example, IGNORE_INDEX, TextStream, Tokenizer, epoch_order, length_grouped,
+};
 
 use crate::support::{golden, shared};
 use crate::tiny_tokenizer::tiny_tokenizer;
@@ -98,7 +100,12 @@ fn malformed_data_sets_are_refused_and_equal_ones_have_equal_fingerprints() {
     assert_eq!(ds.fingerprint().len(), 64);
     // The same tokens cut elsewhere, and other labels, are other data.
     assert_ne!(ds.fingerprint(), dataset(&[4, 3]).fingerprint());
-    assert_ne!(ds.fingerprint(), Dataset::new(ds.examples().iter().map(|e| Example::all_trained(e.input_ids.clone())).collect()).unwrap().fingerprint());
+    assert_ne!(
+        ds.fingerprint(),
+        Dataset::new(ds.examples().iter().map(|e| Example::all_trained(e.input_ids.clone())).collect())
+            .unwrap()
+            .fingerprint()
+    );
     let (a, b) = ds.split_at(1).unwrap();
     assert_eq!((a.len(), b.len()), (1, 1));
     assert!(ds.split_at(2).is_err());
@@ -150,7 +157,10 @@ fn a_view_shows_which_tokens_are_trained_on() {
     assert_eq!(trained, [false, false, false, true, false, true, true, true]);
     assert_eq!(view.tokens[3].text, " hello");
     assert_eq!(view.tokens[7].example, 1);
-    assert_eq!(format!("{view:?}"), "Batch: 2 examples, 8 tokens, 4 trained on ⟦so⟧\n[0] <s> the cat⟦ hello⟧\n[1] <s>⟦ the cat hello⟧");
+    assert_eq!(
+        format!("{view:?}"),
+        "Batch: 2 examples, 8 tokens, 4 trained on ⟦so⟧\n[0] <s> the cat⟦ hello⟧\n[1] <s>⟦ the cat hello⟧"
+    );
 }
 
 #[test]
@@ -169,7 +179,11 @@ pub fn real_tokenizers_agree_with_transformers() {
             let plain = tokenizer.encode_plain(text).unwrap();
             assert_eq!(plain, numbers::<u32>(&case["ids_no_special"]), "{name}: {text:?}");
             let ids: Vec<u32> = numbers(&case["ids"]);
-            assert_eq!(tokenizer.decode_with_special_tokens(&ids).unwrap(), case["decoded"].as_str().unwrap(), "{name}");
+            assert_eq!(
+                tokenizer.decode_with_special_tokens(&ids).unwrap(),
+                case["decoded"].as_str().unwrap(),
+                "{name}"
+            );
             assert_eq!(tokenizer.decode(&ids).unwrap(), case["decoded_skip_special"].as_str().unwrap(), "{name}");
             let mut stream = TextStream::new(&tokenizer, &[], false);
             let mut streamed: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
@@ -211,7 +225,9 @@ fn a_tokenizer_that_does_not_fit_is_refused() {
         assert!(Tokenizer::from_json(bad, None).is_err(), "{bad}");
     }
     // add_bos_token of the config decides against tokenizer.json, both ways.
-    let with = |add: &str| from(&format!(r#"{{"bos_token": "<s>", "add_bos_token": {add}}}"#)).unwrap().encode("the cat").unwrap();
+    let with = |add: &str| {
+        from(&format!(r#"{{"bos_token": "<s>", "add_bos_token": {add}}}"#)).unwrap().encode("the cat").unwrap()
+    };
     assert_eq!((with("true")[0], with("true").len(), with("false").len(), with("null").len()), (1, 3, 2, 3));
 }
 
@@ -223,7 +239,10 @@ fn a_tokenizer_directory_may_have_its_parts_in_several_files() {
     put("tokenizer.json", &crate::tiny_tokenizer::tokenizer_json());
     assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().eos_id(), None);
     put("special_tokens_map.json", r#"{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}"#);
-    put("tokenizer_config.json", r#"{"eos_token": "<|end|>", "chat_template": [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]}"#);
+    put(
+        "tokenizer_config.json",
+        r#"{"eos_token": "<|end|>", "chat_template": [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]}"#,
+    );
     let t = Tokenizer::from_dir(dir.path()).unwrap();
     assert_eq!((t.eos_token(), t.bos_token(), t.chat_template_source()), (Some("<|end|>"), Some("<s>"), Some("b")));
     put("chat_template.jinja", "c");

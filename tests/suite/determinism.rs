@@ -35,10 +35,12 @@ fn steps(model: &RandomModel, plan: PlanBuilder, lora: Option<&LoraConfig>, thre
             engine.load_adapter(&adapter(spec, lora, 23)).unwrap();
         }
         let mut out = Vec::new();
-        let f64s = |values: &[f64]| values.iter().flat_map(|x| [x.to_bits() as u32, (x.to_bits() >> 32) as u32]).collect();
+        let f64s =
+            |values: &[f64]| values.iter().flat_map(|x| [x.to_bits() as u32, (x.to_bits() >> 32) as u32]).collect();
         for step in 0..3u32 {
             for micro in 0..2 {
-                let batch = Batch::new(&ds, &[(4 * step as usize + 2 * micro) % 8, (4 * step as usize + 2 * micro + 1) % 8]);
+                let batch =
+                    Batch::new(&ds, &[(4 * step as usize + 2 * micro) % 8, (4 * step as usize + 2 * micro + 1) % 8]);
                 let loss = engine.micro_step(batch, 300, 1, u64::from(step) * 2 + micro as u64).unwrap();
                 out.push((format!("loss {step} {micro}"), f64s(&[loss.sum])));
             }

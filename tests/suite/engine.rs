@@ -24,9 +24,12 @@ fn rows<T: candle_core::WithDType>(t: &Tensor) -> Vec<Vec<T>> {
 
 /// The padded golden batch, as a flat one, and which rows of the rectangle are tokens.
 fn golden_batch(io: &HashMap<String, Tensor>) -> (Batch, Vec<usize>) {
-    let ids: Vec<Vec<u32>> = rows::<i64>(&io["input_ids"]).into_iter().map(|r| r.into_iter().map(|x| x as u32).collect()).collect();
-    let mask: Vec<Vec<u8>> = rows::<i64>(&io["attention_mask"]).into_iter().map(|r| r.into_iter().map(|x| x as u8).collect()).collect();
-    let labels: Vec<Vec<i32>> = rows::<i64>(&io["labels"]).into_iter().map(|r| r.into_iter().map(|x| x as i32).collect()).collect();
+    let ids: Vec<Vec<u32>> =
+        rows::<i64>(&io["input_ids"]).into_iter().map(|r| r.into_iter().map(|x| x as u32).collect()).collect();
+    let mask: Vec<Vec<u8>> =
+        rows::<i64>(&io["attention_mask"]).into_iter().map(|r| r.into_iter().map(|x| x as u8).collect()).collect();
+    let labels: Vec<Vec<i32>> =
+        rows::<i64>(&io["labels"]).into_iter().map(|r| r.into_iter().map(|x| x as i32).collect()).collect();
     let width = ids[0].len();
     let kept = mask.iter().flatten().enumerate().filter(|(_, m)| **m == 1).map(|(i, _)| i).collect();
     assert_eq!(mask.len() * width, mask.iter().flatten().count());
@@ -60,7 +63,8 @@ fn base_logits_and_loss() {
         let worst = worst_logit(&logits, &io["logits"], &kept);
         assert!(worst < 1e-4, "{model}: {worst}");
         let json: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(golden(&format!("tiny/{model}/base_io.json"))).unwrap()).unwrap();
+            serde_json::from_str(&std::fs::read_to_string(golden(&format!("tiny/{model}/base_io.json"))).unwrap())
+                .unwrap();
         let loss = engine.evaluate(batch).unwrap().mean();
         let expected = json["loss"].as_f64().unwrap();
         assert!((loss - expected).abs() < 1e-5, "{model}: {loss} {expected}");
@@ -138,7 +142,8 @@ fn bitsandbytes_checkpoints() {
         let stored = Base::from_dir(golden(&format!("tiny/{model}/{name}"))).unwrap();
         let original = Base::from_dir(golden(&format!("tiny/{model}/base"))).unwrap();
         let logits = |base: &Base, quantization: Option<Nf4Config>| {
-            let plan = MemoryPlan::inference(base.spec()).cpu().batch(3).seq(40).quantization(quantization).build().unwrap();
+            let plan =
+                MemoryPlan::inference(base.spec()).cpu().batch(3).seq(40).quantization(quantization).build().unwrap();
             let mut engine = Engine::new(&plan).unwrap();
             engine.load(base).unwrap();
             engine.logits(batch.clone()).unwrap()

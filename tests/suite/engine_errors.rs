@@ -89,7 +89,10 @@ fn a_batch_without_labels_has_no_loss_and_no_gradient() {
 fn bases_that_are_not_the_plans() {
     let model = RandomModel::new(&mistral(1, None), 32);
     let mut e = engine(&model);
-    refused(e.load(&RandomModel::new(&mistral(2, None), 1).base), &["another shape", "parameters", "MemoryPlan::qlora"]);
+    refused(
+        e.load(&RandomModel::new(&mistral(2, None), 1).base),
+        &["another shape", "parameters", "MemoryPlan::qlora"],
+    );
     refused(e.load(&RandomModel::new(&llama(1, true), 1).base), &["another shape"]);
     // The same shapes, but another function.
     let changes = [
@@ -103,7 +106,8 @@ fn bases_that_are_not_the_plans() {
         refused(e.load(&RandomModel::new(&config, 1).base), &["computes in another way", field]);
     }
     let mut config = mistral(1, None);
-    (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) = (8.into(), 4.into(), 10.into());
+    (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) =
+        (8.into(), 4.into(), 10.into());
     refused(e.load(&RandomModel::new(&config, 1).base), &["computes in another way", "num_attention_heads"]);
     e.load(&RandomModel::new(&mistral(1, None), 99).base).unwrap();
 }

@@ -61,7 +61,8 @@ impl Decoder for Scripted {
 
 fn run(model: &mut Scripted, sampling: &Sampling) -> (Generation, Vec<String>) {
     let mut pieces = vec![];
-    let generation = generate_with(model, &tiny_tokenizer(), "hello", sampling, &mut |text| pieces.push(text.to_string())).unwrap();
+    let generation =
+        generate_with(model, &tiny_tokenizer(), "hello", sampling, &mut |text| pieces.push(text.to_string())).unwrap();
     assert_eq!(pieces.concat(), generation.text);
     assert!(pieces.iter().all(|p| !p.is_empty()));
     (generation, pieces)
@@ -120,7 +121,9 @@ fn bytes_that_are_no_character_are_shown_at_the_end() {
 #[test]
 fn bad_prompts_and_settings_are_refused() {
     let t = tiny_tokenizer();
-    let refuse = |model: &mut Scripted, prompt: &str, sampling: Sampling| generate(model, &t, prompt, &sampling).unwrap_err().to_string();
+    let refuse = |model: &mut Scripted, prompt: &str, sampling: Sampling| {
+        generate(model, &t, prompt, &sampling).unwrap_err().to_string()
+    };
     let model = || Scripted::says(&t, "the");
     let mut small = model();
     small.capacity = 3;
@@ -180,16 +183,21 @@ fn the_repetition_penalty_is_candles_and_counts_each_token_once() {
     let logits: Vec<f32> = (0..40).map(|i| ((i * 37 % 23) as f32 - 11.0) * 0.3).collect();
     let seen = [3u32, 17, 3, 39, 0, 17];
     let tensor = Tensor::from_vec(logits.clone(), 40, &Device::Cpu).unwrap();
-    let oracle: Vec<f32> = candle_transformers::utils::apply_repeat_penalty(&tensor, 1.2, &seen).unwrap().to_vec1().unwrap();
+    let oracle: Vec<f32> =
+        candle_transformers::utils::apply_repeat_penalty(&tensor, 1.2, &seen).unwrap().to_vec1().unwrap();
     let sampling = Sampling::temperature(1.0).repetition_penalty(1.2);
-    let (ours, theirs) = (sampling.distribution(&logits, &seen).unwrap(), Sampling::temperature(1.0).distribution(&oracle, &[]).unwrap());
+    let (ours, theirs) = (
+        sampling.distribution(&logits, &seen).unwrap(),
+        Sampling::temperature(1.0).distribution(&oracle, &[]).unwrap(),
+    );
     assert_eq!(ours, theirs);
     assert_ne!(ours, Sampling::temperature(1.0).distribution(&logits, &[]).unwrap());
     // The prompt counts too: "hello" is in it, so the model that wants to say it says something else.
     let t = tiny_tokenizer();
     let mut model = Scripted::says(&t, "hello");
     let plain = generate(&mut model, &t, "hello", &Sampling::greedy().max_new_tokens(1)).unwrap();
-    let penalized = generate(&mut model, &t, "hello", &Sampling::greedy().max_new_tokens(1).repetition_penalty(1e9)).unwrap();
+    let penalized =
+        generate(&mut model, &t, "hello", &Sampling::greedy().max_new_tokens(1).repetition_penalty(1e9)).unwrap();
     assert_eq!(plain.text, " hello");
     assert_ne!(penalized.tokens, plain.tokens);
 }
@@ -217,7 +225,8 @@ fn a_conversation_is_answered_without_a_second_bos() {
     let t = tiny_tokenizer();
     let template = ChatTemplate::from_tokenizer(&t).unwrap();
     let mut model = Scripted::says(&t, "hello");
-    let g = generate_chat(&mut model, &t, &template, &[message("user", "the cat")], &Sampling::greedy(), &mut |_| {}).unwrap();
+    let g = generate_chat(&mut model, &t, &template, &[message("user", "the cat")], &Sampling::greedy(), &mut |_| {})
+        .unwrap();
     assert_eq!(g.prompt, "<s><|user|>the cat<|end|><|assistant|>");
     assert_eq!(model.fed.iter().filter(|&&id| id == 1).count(), 1);
     assert_eq!(model.fed[..g.prompt_tokens], t.encode_plain(&g.prompt).unwrap());

@@ -158,12 +158,16 @@ fn killed_runs_end_as_if_nothing_had_happened() {
             kills += 1;
             at_start += u32::from(early);
             let names = std::fs::read_dir(dir.join("run/checkpoints")).into_iter().flatten();
-            cut += names.filter(|e| e.as_ref().is_ok_and(|e| e.file_name().as_encoded_bytes().starts_with(b"."))).count();
+            cut +=
+                names.filter(|e| e.as_ref().is_ok_and(|e| e.file_name().as_encoded_bytes().starts_with(b"."))).count();
             // On a slow machine a life must be long enough for a few steps.
             longest += if kills % 20 == 0 && resumed == 0 { 100 } else { 0 };
         }
         let found = Metrics::read(dir.join("run")).unwrap();
-        assert_eq!(found.steps.iter().map(numbers).collect::<Vec<_>>(), expected.steps.iter().map(numbers).collect::<Vec<_>>());
+        assert_eq!(
+            found.steps.iter().map(numbers).collect::<Vec<_>>(),
+            expected.steps.iter().map(numbers).collect::<Vec<_>>()
+        );
         for file in ["adapter_model.safetensors", "optimizer.safetensors"] {
             assert_eq!(read(&dir, file), read(&straight, file), "{file} after {kills} kills");
         }
@@ -179,7 +183,8 @@ fn killed_runs_end_as_if_nothing_had_happened() {
 #[test]
 fn every_kind_of_run_resumes() {
     let base = Base::from_dir(golden("tiny/tiny-mistral/base")).unwrap();
-    let (lora, qlora, full) = (MemoryPlan::lora(base.spec()), MemoryPlan::qlora(base.spec()), MemoryPlan::full(base.spec()));
+    let (lora, qlora, full) =
+        (MemoryPlan::lora(base.spec()), MemoryPlan::qlora(base.spec()), MemoryPlan::full(base.spec()));
     let kinds = [
         (full.clone(), Optim::AdamW),
         (full, Optim::PagedAdamW8bit),

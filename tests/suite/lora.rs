@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Module};
 use serde_json::{Value, json};
 use tunebook::lora::{
-    self, Adapter, AdapterConfig, FrozenLinear, LoraConfig, LoraLinear, LoraPair, MergeBase, MergeCost, MergeReport, Nf4Linear, TargetStatus, Targets, discover,
+    self, Adapter, AdapterConfig, FrozenLinear, LoraConfig, LoraLinear, LoraPair, MergeBase, MergeCost, MergeReport,
+    Nf4Linear, TargetStatus, Targets, discover,
 };
 use tunebook::model::{Base, Checkpoint, ModelSpec, SafetensorsWriter, TensorHeader, pt_metadata};
 use tunebook::nf4::{Nf4Config, Nf4Tensor};
@@ -35,11 +36,9 @@ fn trainable_counts_are_those_of_peft() {
         let models = counts["models"].as_object().unwrap();
         let (_, want) =
             models.iter().find(|(hub, _)| ModelSpec::preset(hub).is_ok_and(|s| s.name == spec.name)).unwrap();
-        for (kind, targets) in [
-            ("qv", Targets::from("q_proj,v_proj")),
-            ("seven", Targets::seven()),
-            ("all_linear", Targets::AllLinear),
-        ] {
+        for (kind, targets) in
+            [("qv", Targets::from("q_proj,v_proj")), ("seven", Targets::seven()), ("all_linear", Targets::AllLinear)]
+        {
             let d = discover(&spec, targets).unwrap();
             for r in [8, 64] {
                 let want = &want["peft"][format!("r{r}.{kind}")];
@@ -456,10 +455,8 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
     std::fs::write(out.join("precious"), "x").unwrap();
     let e = lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save(&out).unwrap_err().to_string();
     assert!(e.contains("not empty"), "{e}");
-    let left: BTreeSet<String> = std::fs::read_dir(tmp.path())
-        .unwrap()
-        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
+    let left: BTreeSet<String> =
+        std::fs::read_dir(tmp.path()).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
     assert_eq!(left, BTreeSet::from(["huge".to_string(), "out".to_string()]));
     std::fs::remove_file(out.join("precious")).unwrap();
     lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save(&out).unwrap();
@@ -661,10 +658,7 @@ fn nf4_and_lora_linears_have_the_gradients_of_dense_ones() {
         let (g, h) = (loss(&ours).backward().unwrap(), loss(&want).backward().unwrap());
         close(g.get(&x).unwrap(), h.get(&x).unwrap(), "dx");
         // With a pair, on either base: y = x (W + s B A)^T.
-        let (a, b) = (
-            Var::from_tensor(&random(&[r, i], 2)).unwrap(),
-            Var::from_tensor(&random(&[o, r], 3)).unwrap(),
-        );
+        let (a, b) = (Var::from_tensor(&random(&[r, i], 2)).unwrap(), Var::from_tensor(&random(&[o, r], 3)).unwrap());
         let merged = (&dense + (b.matmul(&a).unwrap() * 0.5).unwrap()).unwrap();
         let want = Linear::new(merged, None).forward(&x).unwrap();
         let h = loss(&want).backward().unwrap();
@@ -718,8 +712,7 @@ fn two_layers_of_mistral_merge_in_little_memory() {
     let mut config: Value = serde_json::from_str(&config).unwrap();
     config["num_hidden_layers"] = json!(2);
     std::fs::write(tmp.join("base/config.json"), config.to_string()).unwrap();
-    let headers: Vec<_> =
-        spec.tensors().into_iter().map(|t| TensorHeader::new(t.name, DType::BF16, t.shape)).collect();
+    let headers: Vec<_> = spec.tensors().into_iter().map(|t| TensorHeader::new(t.name, DType::BF16, t.shape)).collect();
     let mut w = SafetensorsWriter::create(tmp.join("base/model.safetensors"), headers.clone(), &pt_metadata()).unwrap();
     let noise: Vec<f32> = (0..4096 * 64).map(|i| ((i as f32) * 12.9898).sin() * 0.03).collect();
     for h in &headers {

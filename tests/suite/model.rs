@@ -195,7 +195,10 @@ fn absurd_configs_are_refused_with_the_field() {
         ("rope_scaling", json!({"type": "linear", "factor": 2.0})),
         ("rope_scaling", json!({"rope_type": "yarn", "factor": 2.0})),
         ("rope_scaling", json!({"rope_type": "llama3", "factor": 2.0})),
-        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0})),
+        (
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+        ),
         ("rope_scaling", json!("linear")),
         ("model_type", json!("mamba")),
         ("model_type", json!(3)),
@@ -231,8 +234,7 @@ fn tiny_models_open_and_their_bytes_convert() {
             let info = c.info(&t.name).unwrap();
             assert_eq!((info.dtype, &info.shape), (DType::F32, &t.shape));
             let bytes = c.read_bytes(&t.name).unwrap();
-            let want: Vec<f32> =
-                bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let want: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             assert_eq!(c.read_f32(&t.name).unwrap(), want);
             let tensor = c.read_tensor(&t.name).unwrap();
             assert_eq!(tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap(), want);
@@ -258,7 +260,8 @@ fn write_raw(path: &Path, header: &str, data: usize) {
 fn lying_headers_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
-    let entry = |dtype: &str, shape: &str, at: &str| format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{at}}}"#);
+    let entry =
+        |dtype: &str, shape: &str, at: &str| format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{at}}}"#);
     let cases: Vec<(&str, String, usize)> = vec![
         ("beyond the end", format!(r#"{{"a":{}}}"#, entry("F32", "[4]", "[0,16]")), 12),
         ("longer than its tensors", format!(r#"{{"a":{}}}"#, entry("F32", "[4]", "[0,16]")), 17),
@@ -266,12 +269,12 @@ fn lying_headers_are_errors() {
         ("does not match its bytes", format!(r#"{{"a":{}}}"#, entry("F32", "[4611686018427387905]", "[0,4]")), 4),
         ("shape of a tensor cannot", format!(r#"{{"a":{}}}"#, entry("F32", "[4294967296,4294967296]", "[0,0]")), 0),
         ("ends before it starts", format!(r#"{{"a":{}}}"#, entry("F32", "[4]", "[16,0]")), 16),
-        ("beyond the end", format!(r#"{{"a":{}}}"#, entry("F32", "[4]", "[18446744073709551599,18446744073709551615]")), 16),
         (
-            "overlap",
-            format!(r#"{{"a":{},"b":{}}}"#, entry("F32", "[4]", "[0,16]"), entry("F32", "[2]", "[8,16]")),
+            "beyond the end",
+            format!(r#"{{"a":{}}}"#, entry("F32", "[4]", "[18446744073709551599,18446744073709551615]")),
             16,
         ),
+        ("overlap", format!(r#"{{"a":{},"b":{}}}"#, entry("F32", "[4]", "[0,16]"), entry("F32", "[2]", "[8,16]")), 16),
         (
             "belong to no tensor",
             format!(r#"{{"a":{},"b":{}}}"#, entry("U8", "[4]", "[0,4]"), entry("U8", "[4]", "[8,12]")),
@@ -384,8 +387,11 @@ fn an_index_that_lies_is_an_error() {
     assert!(e.contains("weight_map"), "{e}");
     // A tensor in two shards.
     std::fs::write(&path, good.to_string()).unwrap();
-    std::fs::copy(dir.path().join("model-00001-of-00006.safetensors"), dir.path().join("model-00002-of-00006.safetensors"))
-        .unwrap();
+    std::fs::copy(
+        dir.path().join("model-00001-of-00006.safetensors"),
+        dir.path().join("model-00002-of-00006.safetensors"),
+    )
+    .unwrap();
     let e = Checkpoint::open(dir.path()).unwrap_err().to_string();
     assert!(e.contains("two shards hold the same tensor"), "{e}");
     let empty = tempfile::tempdir().unwrap();
@@ -402,7 +408,11 @@ fn a_checkpoint_of_another_model_is_refused() {
     let e = Base::from_dir(dir.path()).unwrap_err().to_string();
     assert!(e.contains("model.embed_tokens.weight") && e.contains("[256, 96]") && e.contains("[320, 64]"), "{e}");
     let config = std::fs::read_to_string(from("tiny-llama", "config.json")).unwrap();
-    std::fs::write(dir.path().join("config.json"), config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false")).unwrap();
+    std::fs::write(
+        dir.path().join("config.json"),
+        config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false"),
+    )
+    .unwrap();
     std::fs::copy(from("tiny-llama", "model.safetensors"), dir.path().join("model.safetensors")).unwrap();
     let e = Base::from_dir(dir.path()).unwrap_err().to_string();
     assert!(e.contains("lm_head.weight") && e.contains("tie_word_embeddings"), "{e}");
@@ -445,7 +455,19 @@ fn written_files_have_the_bytes_of_the_safetensors_library() {
 #[test]
 fn half_precision_goes_both_ways() {
     // Ties, subnormals, the largest, and every sign: the expected bits are of half's scalar conversions.
-    let mut values: Vec<f32> = vec![0.0, -0.0, 1.0, -1.5, 65504.0, 1e-8, 6e-8, 3.4e38, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MIN_POSITIVE];
+    let mut values: Vec<f32> = vec![
+        0.0,
+        -0.0,
+        1.0,
+        -1.5,
+        65504.0,
+        1e-8,
+        6e-8,
+        3.4e38,
+        1.0 + 1.0 / 256.0,
+        1.0 + 3.0 / 256.0,
+        f32::MIN_POSITIVE,
+    ];
     values.extend((0..100_000).map(|i| ((i as f32) * 0.37).sin() * 3.0));
     let dir = tempfile::tempdir().unwrap();
     for dtype in [DType::BF16, DType::F16, DType::F32] {
@@ -541,7 +563,11 @@ fn damaged_four_bit_weights_are_errors() {
         (state.clone(), &|_| b"{}".to_vec(), "quant state"),
         (state.clone(), &|_| b"not json".to_vec(), "quant state"),
         (state.clone(), &|b| String::from_utf8(b).unwrap().replace("[64, 64]", "[64, 65]").into(), "another shape"),
-        (state, &|b| String::from_utf8(b).unwrap().replace("\"blocksize\": 64", "\"blocksize\": 63").into(), "blocksize"),
+        (
+            state,
+            &|b| String::from_utf8(b).unwrap().replace("\"blocksize\": 64", "\"blocksize\": 63").into(),
+            "blocksize",
+        ),
         (q.into(), &|b| b[..100].to_vec(), "packed"),
         (format!("{q}.absmax"), &|b| b[..3].to_vec(), "absmax"),
         (format!("{q}.quant_map"), &|b| vec![7; b.len()], "code table"),
@@ -597,7 +623,10 @@ fn four_bit_checkpoints_are_written_as_bitsandbytes_does() {
         if !cfg.double_quant {
             assert!(different.is_empty());
             // The whole file: order, header and all.
-            assert!(kind == "bnb_fp4" || std::fs::read(dir.join("model.safetensors")).unwrap() == std::fs::read(from.join(file)).unwrap());
+            assert!(
+                kind == "bnb_fp4"
+                    || std::fs::read(dir.join("model.safetensors")).unwrap() == std::fs::read(from.join(file)).unwrap()
+            );
         }
         let base = Base::from_dir(&dir).unwrap();
         assert_eq!(base.nf4("model.layers.1.mlp.up_proj").unwrap().unwrap().config(), cfg);
@@ -696,7 +725,8 @@ fn tiny_hub(files: Vec<(&'static str, Vec<u8>)>) -> (String, std::sync::Arc<std:
             } else {
                 ("404 Not Found", String::new(), Vec::new())
             };
-            let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{extra}\r\n", body.len());
+            let head =
+                format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{extra}\r\n", body.len());
             let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
         }
     });

@@ -197,7 +197,8 @@ impl Reference {
         let mut x = self.weight("model.embed_tokens.weight").index_select(&ids, 0).unwrap();
         for l in 0..self.spec.num_hidden_layers {
             let at = format!("model.layers.{l}");
-            let attn = self.attention(&self.norm(&x, &format!("{at}.input_layernorm.weight")), &format!("{at}.self_attn"));
+            let attn =
+                self.attention(&self.norm(&x, &format!("{at}.input_layernorm.weight")), &format!("{at}.self_attn"));
             x = (x + attn).unwrap();
             let mlp = self.mlp(&self.norm(&x, &format!("{at}.post_attention_layernorm.weight")), &format!("{at}.mlp"));
             x = (x + mlp).unwrap();
@@ -226,7 +227,8 @@ impl Reference {
 
     /// The mean loss over all labels of a data set, and the gradient of every leaf by the engine's names.
     pub fn gradients(&self, ds: &Dataset) -> (f64, BTreeMap<String, Vec<f64>>) {
-        let items: usize = (0..ds.len()).map(|i| ds.get(i).labels[1..].iter().filter(|l| **l != IGNORE_INDEX).count()).sum();
+        let items: usize =
+            (0..ds.len()).map(|i| ds.get(i).labels[1..].iter().filter(|l| **l != IGNORE_INDEX).count()).sum();
         let losses: Vec<Tensor> = (0..ds.len()).filter_map(|i| self.loss(ds.get(i))).collect();
         let total = (Tensor::stack(&losses, 0).unwrap().sum_all().unwrap() / items as f64).unwrap();
         let grads = total.backward().unwrap();

@@ -36,7 +36,13 @@ fn engine(model: &RandomModel, tokens: usize) -> Engine {
 fn all_logits(engine: &mut Engine, tokens: &[u32]) -> Vec<Vec<f32>> {
     let n = tokens.len() as u32;
     let labels = vec![-100; tokens.len()];
-    let batch = Batch { input_ids: tokens.to_vec(), positions: (0..n).collect(), cu_seqlens: vec![0, n], labels, examples: vec![0] };
+    let batch = Batch {
+        input_ids: tokens.to_vec(),
+        positions: (0..n).collect(),
+        cu_seqlens: vec![0, n],
+        labels,
+        examples: vec![0],
+    };
     let v = engine.plan().spec().vocab_size;
     engine.logits(batch).unwrap().chunks(v).map(<[f32]>::to_vec).collect()
 }

@@ -48,7 +48,8 @@ fn the_table_adds_up_and_phases_share_space() {
         assert_eq!(rows.iter().map(|r| r.device).sum::<u64>(), plan.arena_bytes());
         let spare = rows.iter().find(|r| r.stage.is_none()).map_or(0, |r| r.device);
         assert!(spare * 100 < plan.phase_space() * 3, "{spare} of {} unused", plan.phase_space());
-        let largest = [Phase::MicroStep, Phase::Evaluate, Phase::Generate].map(|p| plan.phase_bytes(p)).into_iter().max();
+        let largest =
+            [Phase::MicroStep, Phase::Evaluate, Phase::Generate].map(|p| plan.phase_bytes(p)).into_iter().max();
         assert_eq!(plan.phase_space(), largest.unwrap());
     }
 }
@@ -56,7 +57,13 @@ fn the_table_adds_up_and_phases_share_space() {
 #[test]
 fn recomputing_more_needs_less() {
     let bytes = |n| {
-        MemoryPlan::qlora(&mistral()).batch(4).seq(512).checkpointing(Checkpointing::Layers(n)).build().unwrap().arena_bytes()
+        MemoryPlan::qlora(&mistral())
+            .batch(4)
+            .seq(512)
+            .checkpointing(Checkpointing::Layers(n))
+            .build()
+            .unwrap()
+            .arena_bytes()
     };
     let all: Vec<u64> = (0..=32).step_by(4).map(bytes).collect();
     assert!(all.windows(2).all(|w| w[1] <= w[0]), "{all:?}");

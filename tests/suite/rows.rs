@@ -2,7 +2,8 @@
 
 use serde_json::json;
 use tunebook::data::{
-    Batch, BatchView, ChatTemplate, DataConfig, Dataset, IGNORE_INDEX, InstructionTemplate, Rows, Tokenizer, TrainOn, encode, message,
+    Batch, BatchView, ChatTemplate, DataConfig, Dataset, IGNORE_INDEX, InstructionTemplate, Rows, Tokenizer, TrainOn,
+    encode, message,
 };
 
 use crate::support::shared;
@@ -83,7 +84,8 @@ fn missing_columns_are_named_with_the_nearest() {
     let e = encode(&rows, &t, &DataConfig::instruction(InstructionTemplate::alpaca())).unwrap_err().to_string();
     assert!(e.contains("`output`") && e.contains("did you mean `outputs`?") && e.contains(".jsonl"), "{e}");
     let f = file(b"{\"instruction\": \"a\", \"output\": \"b\"}\n{\"instruction\": \"a\"}\n");
-    let e = encode(&Rows::from_jsonl(f.path()).unwrap(), &t, &DataConfig::instruction(InstructionTemplate::alpaca())).unwrap_err();
+    let e = encode(&Rows::from_jsonl(f.path()).unwrap(), &t, &DataConfig::instruction(InstructionTemplate::alpaca()))
+        .unwrap_err();
     assert!(e.place().unwrap().ends_with(":2"), "{e}");
 }
 
@@ -107,7 +109,9 @@ fn completions_are_trained_on_and_prompts_are_not() {
     // Token by token what generation would be given.
     assert_eq!(example.input_ids[..prompt.len()], prompt);
     assert!(example.labels[..prompt.len()].iter().all(|&l| l == IGNORE_INDEX));
-    assert!(example.labels[prompt.len()..].iter().zip(&example.input_ids[prompt.len()..]).all(|(&l, &id)| l == id as i32));
+    assert!(
+        example.labels[prompt.len()..].iter().zip(&example.input_ids[prompt.len()..]).all(|(&l, &id)| l == id as i32)
+    );
     assert_eq!(trained_text(&ds, 0, &t), " hello <0xC3>é</s>");
     let report = ds.report().unwrap();
     assert_eq!((report.rows, report.kept, report.merged_boundaries, report.unk_tokens), (2, 1, 0, 0));
@@ -133,7 +137,12 @@ fn a_token_across_the_boundary_is_trained_on_and_counted() {
 #[test]
 fn long_examples_are_cut_and_those_without_a_completion_dropped() {
     let t = tiny_tokenizer();
-    let rows = Rows::from_values(vec![json!({"q": "the", "a": "cat"}), json!({"q": "the cat the cat", "a": "hello"}), json!({"q": "", "a": "the cat the"})]).unwrap();
+    let rows = Rows::from_values(vec![
+        json!({"q": "the", "a": "cat"}),
+        json!({"q": "the cat the cat", "a": "hello"}),
+        json!({"q": "", "a": "the cat the"}),
+    ])
+    .unwrap();
     let config = DataConfig::instruction(InstructionTemplate::new("{q}", " {a}")).max_length(4);
     let ds = encode(&rows, &t, &config).unwrap();
     assert_eq!(ds.len(), 2);
@@ -150,8 +159,18 @@ fn long_examples_are_cut_and_those_without_a_completion_dropped() {
 #[test]
 fn conversations_train_on_the_assistant_and_get_no_second_bos() {
     let t = tiny_tokenizer();
-    let chat = json!([message("user", "hello"), message("assistant", "the cat"), message("user", "the"), message("assistant", "cat")]);
-    let rows = Rows::from_values(vec![json!({"messages": chat}), json!({"messages": [message("user", "hello")]}), json!({"messages": []})]).unwrap();
+    let chat = json!([
+        message("user", "hello"),
+        message("assistant", "the cat"),
+        message("user", "the"),
+        message("assistant", "cat")
+    ]);
+    let rows = Rows::from_values(vec![
+        json!({"messages": chat}),
+        json!({"messages": [message("user", "hello")]}),
+        json!({"messages": []}),
+    ])
+    .unwrap();
     let config = DataConfig::messages(ChatTemplate::from_tokenizer(&t).unwrap());
     let ds = encode(&rows, &t, &config).unwrap();
     assert_eq!(ds.len(), 1);
@@ -171,7 +190,9 @@ fn conversations_train_on_the_assistant_and_get_no_second_bos() {
 #[test]
 fn plain_text_is_trained_on_whole() {
     let t = tiny_tokenizer();
-    let rows = Rows::from_values(vec![json!({"text": "the cat"}), json!({"text": "<s>the cat</s>"}), json!({"text": ""})]).unwrap();
+    let rows =
+        Rows::from_values(vec![json!({"text": "the cat"}), json!({"text": "<s>the cat</s>"}), json!({"text": ""})])
+            .unwrap();
     let ds = encode(&rows, &t, &DataConfig::text("text")).unwrap();
     // Written-out special tokens are not doubled.
     assert_eq!(ds.get(0).input_ids, ds.get(1).input_ids);
@@ -199,7 +220,11 @@ fn rows_become_a_data_frame_and_back() {
 
 #[test]
 fn dolly_and_fastchat_rows_become_data_sets() {
-    let (Some(dolly), Some(chat)) = (shared("real/data/dolly_1000.jsonl"), shared("real/data/fastchat_messages_300.jsonl")) else { return };
+    let (Some(dolly), Some(chat)) =
+        (shared("real/data/dolly_1000.jsonl"), shared("real/data/fastchat_messages_300.jsonl"))
+    else {
+        return;
+    };
     let t = super::data::real_tokenizer("mistral-7b-v0.1").unwrap();
     let rows = Rows::from_jsonl(dolly).unwrap();
     assert_eq!(rows.len(), 1000);

@@ -68,7 +68,9 @@ fn a_run_goes_to_its_end_and_no_further() {
 fn an_interrupt_keeps_everything() {
     let dir = tempfile::tempdir().unwrap();
     let config = config().gradient_accumulation_steps(2);
-    let run = |name: &str| Run::create(dir.path().join(name), plan(), base(), dataset("tiny-mistral"), config.clone()).unwrap();
+    let run = |name: &str| {
+        Run::create(dir.path().join(name), plan(), base(), dataset("tiny-mistral"), config.clone()).unwrap()
+    };
     let mut straight = run("straight");
     let losses: Vec<f64> = straight.train().unwrap().reports.iter().map(|r| r.loss).collect();
     let mut stopped = run("stopped");

@@ -49,7 +49,8 @@ fn greedy_texts_are_transformers_to_the_letter() {
         let prompt = case["prompt"].as_str().unwrap();
         let prompt_ids = ids(&s.tensors[&format!("p{i}.input_ids")]);
         assert_eq!(s.tokenizer.encode(prompt).unwrap(), prompt_ids);
-        for (key, text, penalty) in [("greedy_ids", "greedy_text", 1.0), ("greedy_rep12_ids", "greedy_rep12_text", 1.2)] {
+        for (key, text, penalty) in [("greedy_ids", "greedy_text", 1.0), ("greedy_rep12_ids", "greedy_rep12_text", 1.2)]
+        {
             let expected = ids(&s.tensors[&format!("p{i}.{key}")])[prompt_ids.len()..].to_vec();
             let sampling = Sampling::greedy().repetition_penalty(penalty).max_new_tokens(expected.len());
             let mut streamed = String::new();
@@ -89,7 +90,8 @@ fn logits_through_the_cache_are_transformers() {
     assert!(batch.tokens() < 36);
     let logits = s.engine.logits(batch.clone()).unwrap();
     let expected: Vec<f32> = s.tensors["batch.logits"].flatten_all().unwrap().to_vec1().unwrap();
-    let kept = expected.chunks(vocab).zip(mask.iter().flatten()).filter(|(_, m)| **m == 1).flat_map(|(row, _)| row.to_vec());
+    let kept =
+        expected.chunks(vocab).zip(mask.iter().flatten()).filter(|(_, m)| **m == 1).flat_map(|(row, _)| row.to_vec());
     largest = largest.max(worst(&logits, &kept.collect::<Vec<_>>()));
     println!("largest difference of a logit: {largest:e}");
     assert!(largest < 1e-3, "{largest}");
@@ -128,7 +130,9 @@ fn a_full_cache_ends_the_text_and_a_longer_prompt_is_refused() {
 #[test]
 fn sampled_text_repeats_with_its_seed() {
     let Some(mut s) = stories(1, 64) else { return };
-    let mut write = |sampling: Sampling| generate(&mut s.engine, &s.tokenizer, "One day, a cat", &sampling.max_new_tokens(40)).unwrap().text;
+    let mut write = |sampling: Sampling| {
+        generate(&mut s.engine, &s.tokenizer, "One day, a cat", &sampling.max_new_tokens(40)).unwrap().text
+    };
     let warm = Sampling::temperature(1.0).top_k(40).top_p(0.9);
     assert_eq!(write(warm.clone().seed(1)), write(warm.clone().seed(1)));
     assert_ne!(write(warm.clone().seed(1)), write(warm.clone().seed(2)));

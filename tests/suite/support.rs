@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 /// The shared reference data, or `None` with a message when it is not there: the caller returns, skipped.
 pub fn shared(path: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("TUNEBOOK_SHARED").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"),
-        PathBuf::from,
-    );
+    let root = std::env::var_os("TUNEBOOK_SHARED")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
     let p = root.join(path);
     if p.exists() {
         return Some(p);

@@ -21,12 +21,14 @@ const MERGES: [(&str, &str); 12] = [
 
 /// The text of its `tokenizer.json`.
 pub fn tokenizer_json() -> String {
-    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"].map(String::from).to_vec();
+    let mut tokens: Vec<String> =
+        ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"].map(String::from).to_vec();
     tokens.extend((0..=255u8).map(|b| format!("<0x{b:02X}>")));
     tokens.push("▁".into());
     tokens.extend((b'!'..=b'~').map(|c| char::from(c).to_string()));
     tokens.extend(MERGES.iter().map(|(a, b)| format!("{a}{b}")));
-    let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
     let added: Vec<Value> = (0..6)
         .map(|id| {
             json!({"id": id, "content": tokens[id], "single_word": false, "lstrip": false, "rstrip": false,

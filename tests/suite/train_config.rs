@@ -69,7 +69,8 @@ fn curves_have_their_ends() {
 
 #[test]
 fn steps_are_counted_as_the_trainer_counts() {
-    let cfg = TrainConfig::default().per_device_train_batch_size(4).gradient_accumulation_steps(4).num_train_epochs(3.0);
+    let cfg =
+        TrainConfig::default().per_device_train_batch_size(4).gradient_accumulation_steps(4).num_train_epochs(3.0);
     // 100 examples: 25 batches, 7 steps an epoch, the last of them with one batch.
     assert_eq!(cfg.effective_batch(), 16);
     assert_eq!((cfg.batches_per_epoch(100), cfg.steps_per_epoch(100)), (25, 7));
@@ -174,7 +175,9 @@ fn a_warmup_that_would_do_nothing_is_refused() {
     let e = TrainConfig::default().warmup_ratio(0.03).validate().unwrap_err();
     assert_eq!(e.place(), Some("lr_scheduler_type"));
     assert!(e.next_step().unwrap().contains("constant_with_warmup"));
-    assert!(TrainConfig::default().warmup_ratio(0.03).lr_scheduler_type(LrScheduler::ConstantWithWarmup).validate().is_ok());
+    assert!(
+        TrainConfig::default().warmup_ratio(0.03).lr_scheduler_type(LrScheduler::ConstantWithWarmup).validate().is_ok()
+    );
 
     let linear = TrainConfig::default().lr_scheduler_type(LrScheduler::Linear);
     assert!(linear.clone().warmup_steps(3).warmup_ratio(0.1).validate().is_err());

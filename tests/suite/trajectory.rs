@@ -36,8 +36,13 @@ fn json(path: &Path) -> Value {
 /// An adapter from the golden tensors, whose files carry no config.
 fn adapter(model: &str, config: &str, tensors: &str) -> Adapter {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::copy(golden(&format!("tiny/{model}/train/{config}/adapter_config.json")), dir.path().join("adapter_config.json")).unwrap();
-    std::fs::copy(golden(&format!("tiny/{model}/train/{tensors}")), dir.path().join("adapter_model.safetensors")).unwrap();
+    std::fs::copy(
+        golden(&format!("tiny/{model}/train/{config}/adapter_config.json")),
+        dir.path().join("adapter_config.json"),
+    )
+    .unwrap();
+    std::fs::copy(golden(&format!("tiny/{model}/train/{tensors}")), dir.path().join("adapter_model.safetensors"))
+        .unwrap();
     Adapter::load(dir.path()).unwrap()
 }
 

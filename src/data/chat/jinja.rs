@@ -17,7 +17,8 @@ use crate::{Error, Result};
 const MARKS: (char, char) = ('\u{FDD0}', '\u{FDD1}');
 
 /// `{% generation %}` and `{% endgeneration %}`, with their whitespace control.
-static GENERATION: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
+static GENERATION: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
 
 /// Whether the template marks the assistant's turns.
 pub fn has_generation_marks(source: &str) -> bool {
@@ -56,7 +57,8 @@ fn generation_as_filter(source: &str) -> String {
 /// Renders the template `chat`; the marks become ranges.
 pub fn render(env: &Environment<'static>, variables: &serde_json::Value) -> Result<RenderedChat> {
     if contains_mark(variables) {
-        return Err(Error::new("a message holds a character that is not text").expected("no U+FDD0 and no U+FDD1 (Unicode noncharacters)"));
+        return Err(Error::new("a message holds a character that is not text")
+            .expected("no U+FDD0 and no U+FDD1 (Unicode noncharacters)"));
     }
     let template = env.get_template("chat").map_err(|e| failed(&e))?;
     let marked = template.render(to_value(variables)).map_err(|e| failed(&e))?;
@@ -116,7 +118,8 @@ fn failed(e: &minijinja::Error) -> Error {
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, minijinja::Error> {
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let indent: Option<usize> = kwargs.get("indent")?;
-    let mut style = Style { indent, sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false), ..Style::default() };
+    let mut style =
+        Style { indent, sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false), ..Style::default() };
     style.ensure_ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     if indent.is_some() {
         style.item_separator = ",".into();
@@ -176,6 +179,8 @@ fn to_value(json: &serde_json::Value) -> Value {
         },
         J::String(s) => Value::from(s.as_str()),
         J::Array(list) => list.iter().map(to_value).collect(),
-        J::Object(map) => Value::from_object(Dict(map.iter().map(|(k, v)| (Value::from(k.as_str()), to_value(v))).collect())),
+        J::Object(map) => {
+            Value::from_object(Dict(map.iter().map(|(k, v)| (Value::from(k.as_str()), to_value(v))).collect()))
+        }
     }
 }

@@ -19,7 +19,13 @@ pub struct Style {
 
 impl Default for Style {
     fn default() -> Self {
-        Style { indent: None, item_separator: ", ".into(), key_separator: ": ".into(), sort_keys: false, ensure_ascii: false }
+        Style {
+            indent: None,
+            item_separator: ", ".into(),
+            key_separator: ": ".into(),
+            sort_keys: false,
+            ensure_ascii: false,
+        }
     }
 }
 
@@ -41,7 +47,9 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) -> 
         ValueKind::String => write_string(out, value.as_str().unwrap_or_default(), style.ensure_ascii),
         ValueKind::Seq | ValueKind::Iterable => {
             let items: Vec<Value> = value.try_iter()?.collect();
-            write_list(out, '[', ']', items.len(), style, depth, |out, i| write_value(out, &items[i], style, depth + 1))?;
+            write_list(out, '[', ']', items.len(), style, depth, |out, i| {
+                write_value(out, &items[i], style, depth + 1)
+            })?;
         }
         ValueKind::Map => {
             let mut keys: Vec<Value> = value.try_iter()?.collect();
@@ -54,7 +62,9 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) -> 
                 write_value(out, &value.get_item(&keys[i])?, style, depth + 1)
             })?;
         }
-        other => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {other} is not JSON serializable"))),
+        other => {
+            return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {other} is not JSON serializable")));
+        }
     }
     Ok(())
 }

@@ -195,7 +195,8 @@ impl ChatTemplate {
             Some(Value::String(content)) => content.push_str(TAG),
             _ => return Err(cannot("a last message whose content is not text")),
         }
-        let text = self.render_marked(&messages, &ChatOptions { continue_final_message: false, ..options.clone() })?.text;
+        let text =
+            self.render_marked(&messages, &ChatOptions { continue_final_message: false, ..options.clone() })?.text;
         let at = text.rfind(TAG.trim_end()).ok_or_else(|| cannot("a template that leaves the last message out"))?;
         let (kept, rest) = text.split_at(at);
         // A template that trims its messages would have trimmed this one without the tag.

@@ -65,7 +65,11 @@ fn end_of_turn(template: &ChatTemplate, messages: &[Value], i: usize, text: &str
     let whole = marked.render(messages, &ChatOptions::default())?;
     let (turn, rest) = upto.split_at(common_prefix(&upto, &whole));
     let turn = turn.replace(EOS_MARK, eos);
-    if rest.starts_with(EOS_MARK) && text.starts_with(&turn) { Ok(turn.len()) } else { Err(cannot_find(i, "it is rendered differently when messages follow")) }
+    if rest.starts_with(EOS_MARK) && text.starts_with(&turn) {
+        Ok(turn.len())
+    } else {
+        Err(cannot_find(i, "it is rendered differently when messages follow"))
+    }
 }
 
 fn content(message: &Value) -> &str {

@@ -98,14 +98,12 @@ impl CpuOps {
             (self.rows(op.dout), self.rows(op.x), self.rows(op.rstd), self.slice::<f32>(op.weight), self.rows(op.dx))
         };
         let width = weight.len();
-        dx.par_chunks_mut(width)
-            .zip(dout.par_chunks(width))
-            .zip(x.par_chunks(width))
-            .zip(&*rstd)
-            .for_each(|(((dx, g), x), &rstd)| {
+        dx.par_chunks_mut(width).zip(dout.par_chunks(width)).zip(x.par_chunks(width)).zip(&*rstd).for_each(
+            |(((dx, g), x), &rstd)| {
                 let scale = rstd * rstd * dot3(weight, g, x) / width as f32;
                 norm_grad_row(dx, g, x, weight, rstd, scale, op.accumulate);
-            });
+            },
+        );
         let Some(grad) = op.grad else { return };
         // SAFETY: as above.
         let grad = unsafe { self.slice::<f32>(grad) };

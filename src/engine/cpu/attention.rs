@@ -80,7 +80,11 @@ impl CpuOps {
         let heads = op.heads;
         Tiles::new(&self.cu_seqlens).for_each(heads.q, |span, h, first| {
             let kv = h / (heads.q / heads.kv);
-            let (q, k, v) = (head(q, span, h, heads.q, heads.dim), head(k, span, kv, heads.kv, heads.dim), head(v, span, kv, heads.kv, heads.dim));
+            let (q, k, v) = (
+                head(q, span, h, heads.q, heads.dim),
+                head(k, span, kv, heads.kv, heads.dim),
+                head(v, span, kv, heads.kv, heads.dim),
+            );
             let rows = TILE.min(span.len - first);
             let mut acc = [0f32; TILE * MAX_HEAD_DIM];
             let sums = attend_tile(&mut acc, q, k, v, (first, rows), 0, heads);
@@ -112,7 +116,8 @@ impl CpuOps {
         Tiles::new(&[0, self.tokens as u32]).for_each(heads.q, |span, h, first| {
             let kv = h / (heads.q / heads.kv);
             let q = head(q, span, h, heads.q, heads.dim);
-            let (k, v) = (head(k_cache, cached, kv, heads.kv, heads.dim), head(v_cache, cached, kv, heads.kv, heads.dim));
+            let (k, v) =
+                (head(k_cache, cached, kv, heads.kv, heads.dim), head(v_cache, cached, kv, heads.kv, heads.dim));
             let rows = TILE.min(span.len - first);
             let mut acc = [0f32; TILE * MAX_HEAD_DIM];
             attend_tile(&mut acc, q, k, v, (first, rows), base, heads);

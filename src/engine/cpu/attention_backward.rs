@@ -37,7 +37,14 @@ impl CpuOps {
     pub(super) fn attend_backward(&self, op: &AttentionBackward, scratch: Scratch) {
         // SAFETY: regions of one operation.
         let (q, k, v, out, lse, dout) = unsafe {
-            (self.rows(op.q), self.rows(op.k), self.rows(op.v), self.rows(op.out), self.rows(op.lse), self.rows(op.dout))
+            (
+                self.rows(op.q),
+                self.rows(op.k),
+                self.rows(op.v),
+                self.rows(op.out),
+                self.rows(op.lse),
+                self.rows(op.dout),
+            )
         };
         // SAFETY: as above.
         let (dq, dk, dv, delta) =

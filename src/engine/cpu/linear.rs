@@ -3,7 +3,7 @@
 use super::CpuOps;
 use super::matmul::{Matrix, matmul};
 use crate::engine::dropout::dropout;
-use crate::engine::ops::{LinearBackward, LinearIds, Linear, Lora, Scratch, Weight};
+use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
 use crate::nf4::{AbsmaxRef, dequantize_into};
 
 impl CpuOps {

@@ -60,7 +60,8 @@ impl CpuOps {
         let mut host = std::mem::take(&mut self.logits);
         host.clear();
         // SAFETY: regions of one operation.
-        let (x, weight, logits) = unsafe { (self.rows(op.x), self.slice::<f32>(op.weight), self.slice::<f32>(op.logits)) };
+        let (x, weight, logits) =
+            unsafe { (self.rows(op.x), self.slice::<f32>(op.weight), self.slice::<f32>(op.logits)) };
         let x = if op.last_only { &x[(self.tokens - 1) * c..] } else { &*x };
         for chunk in x.chunks(op.chunk * c) {
             let n = chunk.len() / c;

@@ -85,7 +85,9 @@ pub(crate) fn matmul(c: &mut [f32], a: Matrix, b: Matrix, m: usize, n: usize, k:
         let (r, c) = (i / tiles_n * TILE_ROWS, i % tiles_n * tile_cols);
         let (rows, cols) = (TILE_ROWS.min(m - r), tile_cols.min(n - c));
         // SAFETY: the tile lies inside `c`, tiles are disjoint, and the views cover [m, k] and [k, n].
-        unsafe { tile_product(out.offset(r * n + c), n, a.at(r, 0), a, b.at(0, c), b, rows, cols, k, scale, accumulate) }
+        unsafe {
+            tile_product(out.offset(r * n + c), n, a.at(r, 0), a, b.at(0, c), b, rows, cols, k, scale, accumulate)
+        }
     };
     let tiles = tiles_m * tiles_n;
     if tiles == 1 || m * n * k <= SERIAL {

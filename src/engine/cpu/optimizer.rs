@@ -2,8 +2,8 @@
 
 use super::CpuOps;
 use crate::engine::ops::{AdamW, GradNorm, Moments, TensorId};
-use crate::{Error, Result};
 use crate::engine::optimizer::{AdamWHyper, adamw, adamw_8bit, adamw_32bit_bnb, sum_of_squares};
+use crate::{Error, Result};
 
 impl CpuOps {
     pub(super) fn global_norm(&self, op: &GradNorm) -> Result<()> {

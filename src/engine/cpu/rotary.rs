@@ -16,16 +16,17 @@ impl CpuOps {
         };
         let d = op.heads.dim;
         let sign = if op.inverse { -1.0 } else { 1.0 };
-        q.par_chunks_mut(op.heads.q * d).zip(k.par_chunks_mut(op.heads.kv * d)).zip(&positions[..self.tokens]).for_each(
-            |((q, k), &position)| {
+        q.par_chunks_mut(op.heads.q * d)
+            .zip(k.par_chunks_mut(op.heads.kv * d))
+            .zip(&positions[..self.tokens])
+            .for_each(|((q, k), &position)| {
                 let mut table = [(0f32, 0f32); MAX_HEAD_DIM / 2];
                 for (t, f) in table.iter_mut().zip(&*inv_freq) {
                     let (sin, cos) = (position as f32 * f).sin_cos();
                     *t = (sin * sign, cos);
                 }
                 q.chunks_exact_mut(d).chain(k.chunks_exact_mut(d)).for_each(|head| rotate_head(head, &table));
-            },
-        );
+            });
     }
 }
 

@@ -118,7 +118,8 @@ fn large_scores_do_not_overflow() {
     let mut b = Bench::new(t);
     let q: Vec<f32> = b.random(t * 16).iter().map(|x| x * 200.0).collect();
     let v = b.random(t * 16);
-    let (q_id, v_id, out, lse, cu_seqlens) = (b.act(16, &q), b.act(16, &v), b.out(16), b.out(1), b.u32s(&[0, t as u32]));
+    let (q_id, v_id, out, lse, cu_seqlens) =
+        (b.act(16, &q), b.act(16, &v), b.out(16), b.out(1), b.u32s(&[0, t as u32]));
     let cpu = b.run(&[Op::Attention(Attention { q: q_id, k: q_id, v: v_id, out, lse, cu_seqlens, heads })]);
     let (q, v) = (tensor(&q, &[t, 16]), tensor(&v, &[t, 16]));
     close("large scores", &rows(&cpu, out), &flat(&attend(&q, &q, &v, heads)), 1e-3);
@@ -141,7 +142,8 @@ fn cached_case(pieces: &[usize], heads: Heads) {
     let (wq, wk) = (heads.q * heads.dim, heads.kv * heads.dim);
     let mut source = Bench::new(total);
     let (q, k, v) = (source.random(total * wq), source.random(total * wk), source.random(total * wk));
-    let expected = flat(&attend(&tensor(&q, &[total, wq]), &tensor(&k, &[total, wk]), &tensor(&v, &[total, wk]), heads));
+    let expected =
+        flat(&attend(&tensor(&q, &[total, wq]), &tensor(&k, &[total, wk]), &tensor(&v, &[total, wk]), heads));
     // What is beyond the text in the cache must not matter.
     let mut caches = vec![vec![f32::NAN; (total + SPARE) * wk]; 2];
     let mut at = 0;

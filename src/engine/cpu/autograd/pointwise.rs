@@ -212,7 +212,8 @@ fn gradient_norm_clips_and_updates_follow() {
     let [a1, a2] = [(); 2].map(|()| b.weight(&[blocks], &vec![0f32; blocks]));
     let norm_id = b.region(DType::F64, &[2], &[0f64; 2]);
     let f32_state = |exp_avg, exp_avg_sq| Moments::F32 { exp_avg, exp_avg_sq, bitsandbytes: false };
-    let update = |param, moments, decay| Op::AdamW(AdamW { param, copy: None, grad: g_id, norm: norm_id, moments, decay });
+    let update =
+        |param, moments, decay| Op::AdamW(AdamW { param, copy: None, grad: g_id, norm: norm_id, moments, decay });
     let cpu = b.run(&[
         Op::GradNorm(GradNorm { grads: vec![g_id, small_id], norm: norm_id }),
         update(p1, f32_state(m1, v1), true),
