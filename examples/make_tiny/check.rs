@@ -15,7 +15,7 @@ const BATCH: usize = 16;
 /// Fine-tunes `world`/model on `world`/data/train.jsonl and prints the exact matches on `world`/data/test.jsonl,
 /// with the questions that are still answered wrongly.
 pub fn qlora(world: &Path, run_dir: &Path, seed: u64) -> Result<()> {
-    let base = Base::from_dir(world.join("model"))?;
+    let base = Base::from_dir(world.join("tiny-mistral"))?;
     let tokenizer = Tokenizer::from_dir(base.dir())?;
     let template = ChatTemplate::from_tokenizer(&tokenizer)?;
     let train = Rows::from_jsonl(world.join("data/train.jsonl"))?;

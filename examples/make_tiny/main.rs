@@ -76,7 +76,7 @@ fn main() -> Result<()> {
 }
 
 fn make(args: &Arguments) -> Result<()> {
-    let (model, data) = (args.out.join("model"), args.out.join("data"));
+    let (model, data) = (args.out.join("tiny-mistral"), args.out.join("data"));
     create_dir_all(&model)?;
     create_dir_all(&data)?;
 

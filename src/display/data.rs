@@ -39,6 +39,15 @@ fn letters(rows: &Rows) -> usize {
 
 fn value(rows: &Rows, i: usize, column: &str) -> String {
     let value = rows.get(i).and_then(|row| row.get(column));
+    if let Some(turns) = value.and_then(|v| v.as_array()).filter(|turns| turns.iter().all(|t| t["content"].is_string()))
+    {
+        // The end of a turn says most: what is asked, what is answered.
+        let turn = |t: &serde_json::Value| {
+            let line = t["content"].as_str().unwrap_or_default().lines().last().unwrap_or_default();
+            format!("{}: {line}", t["role"].as_str().unwrap_or("?"))
+        };
+        return turns.iter().map(turn).collect::<Vec<_>>().join(" ▸ ");
+    }
     value.map_or_else(String::new, |v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
 }
 

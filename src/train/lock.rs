@@ -2,13 +2,14 @@
 //!
 //! Between processes: an advisory lock on `run.lock`, which the kernel releases when the process dies, however it dies.
 //! Within a process a new opening takes over from the old one, because a notebook cell is run again: the old value can
-//! still be looked at, but no longer writes.
+//! still be looked at, but no longer writes. Who writes is said in the file itself and not in a static: each cell of a
+//! notebook has a copy of the library's statics.
 
-use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::{Error, Result};
 
@@ -16,48 +17,45 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub(super) struct Hold {
     dir: PathBuf,
-    generation: u64,
-    // The lock lasts as long as any opening of this process holds the file.
-    _lock: Arc<Lock>,
+    file: File,
+    /// What `run.lock` says while this opening is the newest: the process, its file descriptor, the time.
+    token: String,
 }
 
-/// The locked file.
-#[derive(Debug)]
-struct Lock(File);
-
-impl Drop for Lock {
+impl Drop for Hold {
     /// Closing is not enough: a child that another thread is just starting shares the file until it executes.
     fn drop(&mut self) {
-        _ = self.0.unlock();
+        // A newer opening shares the lock.
+        if read(&self.file) == self.token {
+            _ = self.file.unlock();
+        }
     }
 }
-
-struct Held {
-    generation: u64,
-    lock: Weak<Lock>,
-}
-
-static HELD: LazyLock<Mutex<HashMap<PathBuf, Held>>> = LazyLock::new(Mutex::default);
 
 impl Hold {
     /// Takes the directory, from an older opening of this process if need be.
     pub(super) fn take(dir: &Path) -> Result<Self> {
         let dir = dir.canonicalize().map_err(|e| Error::io("open the run directory", dir, e))?;
-        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = held.get(&dir);
-        let generation = before.map_or(0, |h| h.generation) + 1;
-        let lock = match before.and_then(|h| h.lock.upgrade()) {
-            Some(lock) => lock,
-            None => Arc::new(Lock(lock_file(&dir)?)),
-        };
-        held.insert(dir.clone(), Held { generation, lock: Arc::downgrade(&lock) });
-        Ok(Hold { dir, generation, _lock: lock })
+        let path = dir.join("run.lock");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|e| Error::io("open the run's lock", &path, e))?;
+        let file = lock(file, &dir)?;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let token = format!("{} {} {time}\n", std::process::id(), file.as_raw_fd());
+        file.set_len(0)
+            .and_then(|()| file.write_all_at(token.as_bytes(), 0))
+            .map_err(|e| Error::io("write the run's lock", &path, e))?;
+        Ok(Hold { dir, file, token })
     }
 
     /// An error if the directory was opened again since.
     pub(super) fn check(&self) -> Result<()> {
-        let held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.get(&self.dir).is_some_and(|h| h.generation == self.generation) {
+        if read(&self.file) == self.token {
             return Ok(());
         }
         Err(Error::new("this run was opened again, so this older value of it no longer writes")
@@ -68,20 +66,38 @@ impl Hold {
     }
 }
 
-fn lock_file(dir: &Path) -> Result<File> {
-    let path = dir.join("run.lock");
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io("open the run's lock", &path, e))?;
+/// What the file says; nothing when it cannot be read.
+fn read(file: &File) -> String {
+    let mut text = [0; 128];
+    let n = file.read_at(&mut text, 0).unwrap_or(0);
+    String::from_utf8_lossy(&text[..n]).into_owned()
+}
+
+/// The file that holds the lock of an older opening in this process, shared with it.
+fn share(file: &File) -> Option<File> {
+    let text = read(file);
+    let mut words = text.split_whitespace().map(str::parse::<i32>);
+    let (Some(Ok(pid)), Some(Ok(fd))) = (words.next(), words.next()) else { return None };
+    if pid as u32 != std::process::id() || fd < 0 {
+        return None;
+    }
+    // SAFETY: borrowed for the length of the call; a descriptor that is closed or another file's is found out.
+    let older = File::from(unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned().ok()?);
+    let (a, b) = (file.metadata().ok()?, older.metadata().ok()?);
+    (a.ino() == b.ino() && a.dev() == b.dev()).then_some(older)
+}
+
+/// The file, locked; or that of an older opening of this process, which holds the lock.
+fn lock(file: File, dir: &Path) -> Result<File> {
     // A process that was just killed may still be giving back its memory.
     let mut patience = 50;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(TryLockError::WouldBlock) if patience > 0 => {
+                if let Some(older) = share(&file) {
+                    return Ok(older);
+                }
                 patience -= 1;
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -94,7 +110,7 @@ fn lock_file(dir: &Path) -> Result<File> {
             }
             // A file system without locks: the reader has to look after that.
             Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => return Ok(file),
-            Err(TryLockError::Error(e)) => return Err(Error::io("lock the run directory", &path, e)),
+            Err(TryLockError::Error(e)) => return Err(Error::io("lock the run directory", dir, e)),
         }
     }
 }

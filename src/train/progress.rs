@@ -34,7 +34,7 @@ impl Progress {
             if self.updated.is_none_or(|t| t.elapsed() >= BETWEEN_UPDATES) {
                 self.update();
             }
-        } else if r.step % self.every == 0 || r.step == self.last {
+        } else if r.step.is_multiple_of(self.every) || r.step == self.last {
             display::line(&self.shown.line());
         }
     }
