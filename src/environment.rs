@@ -21,7 +21,10 @@ pub fn environment() -> Environment {
         tunebook: env!("CARGO_PKG_VERSION").into(),
         instructions: instructions().into(),
         threads: rayon::current_num_threads(),
-        device: "CPU in f32, because this version has no GPU backend".into(),
+        device: match crate::engine::cuda::device_name() {
+            Ok(name) => format!("{name} in bf16"),
+            Err(e) => format!("CPU in f32, because: {}", e.what()),
+        },
         memory_bytes: memory_bytes(),
     }
 }

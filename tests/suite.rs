@@ -16,6 +16,8 @@ mod optimizer;
 mod autograd;
 #[path = "suite/checkpoint.rs"]
 mod checkpoint;
+#[path = "suite/cuda.rs"]
+mod cuda;
 #[path = "suite/data.rs"]
 mod data;
 #[path = "suite/determinism.rs"]

@@ -101,11 +101,16 @@ impl Show for Gpu {
         let (major, minor) = self.compute_capability;
         Card::new(&self.name).facts([
             ("memory", bytes(self.total_bytes)),
-            ("CUDA context (assumed)", bytes(self.context_bytes)),
+            (context_label(self), bytes(self.context_bytes)),
             ("left for a run", bytes(self.usable_bytes())),
             ("compute capability", format!("{major}.{minor}, {}", if self.has_bf16() { "bf16" } else { "no bf16" })),
         ])
     }
 }
 
-shown!(Gpu { name, total_bytes, context_bytes, compute_capability });
+shown!(Gpu { name, total_bytes, context_bytes, context_measured, compute_capability });
+
+/// The row of what a card holds beside the arena.
+pub(super) fn context_label(gpu: &Gpu) -> &'static str {
+    if gpu.context_measured { "CUDA context and kernels (measured)" } else { "CUDA context and kernels (estimate)" }
+}

@@ -1,5 +1,6 @@
 //! How a plan against a card shows itself, and against all known cards.
 
+use super::estimate::context_label;
 use super::svg::{Bar, Segment, stacked_bars};
 use super::units::{ByteUnit, bytes, percent, short_bytes};
 use super::{Card, Cell, Show, Table, Tone, shown};
@@ -15,7 +16,7 @@ impl Show for Fit {
             .figure(bar(self), "The arena and what the card's runtime holds beside it, against the card's memory.", "")
             .facts([
                 ("arena", bytes(self.arena_bytes)),
-                ("CUDA context (assumed)", bytes(self.gpu.context_bytes)),
+                (context_label(&self.gpu), bytes(self.gpu.context_bytes)),
                 ("needed", bytes(self.needed_bytes)),
                 ("memory of the card", bytes(self.gpu.total_bytes)),
             ]);

@@ -47,7 +47,7 @@ impl Decoder for Engine {
                 .found(token.to_string())
                 .next("use the model's own tokenizer"));
         }
-        self.ops.state.training = false;
+        self.ops.state().training = false;
         for piece in tokens.chunks(prompt_piece(self.plan.config())) {
             let n = piece.len() as u32;
             let first = position as u32;
@@ -62,6 +62,6 @@ impl Decoder for Engine {
             position += piece.len();
             self.cached = Some(position);
         }
-        Ok(self.ops.logits.clone())
+        Ok(self.ops.logits().to_vec())
     }
 }

@@ -8,13 +8,13 @@ use super::ops::{LinearIds, Lora, Moments, NestedAbsmax, TensorId, Weight};
 use super::optimizer::MIN_8BIT_SIZE;
 use crate::model::{LinearModule, ModelSpec};
 use crate::nf4;
-use crate::plan::{Lifetime, Method, Phase, PlanConfig, Region, Space, Stage};
+use crate::plan::{DeviceKind, Lifetime, Method, Phase, PlanConfig, Region, Space, Stage};
 
 /// A paged optimizer keeps tensors of at least this many elements on the host (bitsandbytes `optimizer.py`).
 pub const MIN_PAGED_SIZE: usize = 100_000;
 
 /// Bytes that cuBLASLt gets for its workspace on a GPU: what NVIDIA recommends for Hopper.
-const MATMUL_WORKSPACE: usize = 32 << 20;
+pub(crate) const MATMUL_WORKSPACE: usize = 32 << 20;
 
 /// One tensor that the optimizer updates.
 #[derive(Clone, Debug)]
@@ -91,6 +91,8 @@ pub struct Layout {
     pub weights: Vec<WeightSlot>,
     /// The adapter's matrices by module name.
     pub adapters: BTreeMap<String, Lora>,
+    /// u8: cuBLASLt's workspace, and what a load streams through; on a GPU.
+    pub workspace: Option<TensorId>,
     /// f64 `[2]`: gradient norm and clip factor.
     pub grad_norm: TensorId,
     /// f64 `[2]`: sum of token losses and number of tokens of the last micro-batch.
@@ -163,10 +165,8 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
         layers.push(LayerIds { input_norm, post_norm, linears });
     }
     let norm = b.dense("model.norm.weight", &[c], false);
-    if cfg.compute_dtype == DType::BF16 {
-        let workspace = &[MATMUL_WORKSPACE];
-        b.regions.persistent("matrix-product workspace", Stage::Scratch, DType::U8, workspace);
-    }
+    let workspace = (cfg.device == DeviceKind::Cuda)
+        .then(|| b.regions.persistent("matrix-product workspace", Stage::Scratch, DType::U8, &[MATMUL_WORKSPACE]));
     let lm_head = if spec.tie_word_embeddings { embedding } else { b.dense("lm_head.weight", &[v, c], true) };
     let r = &mut b.regions;
     let inv_freq = r.persistent("rotary frequencies", Stage::Batch, DType::F32, &[spec.head_dim / 2]);
@@ -179,6 +179,7 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
         norm,
         lm_head,
         inv_freq,
+        workspace,
         trainables: b.trainables,
         weights: b.weights,
         adapters: b.adapters,

@@ -1,18 +1,25 @@
 //! Weights from files into the arena, one tensor at a time.
 
+use std::time::{Duration, Instant};
+
 use candle_core::DType;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Engine;
+use super::backend::WeightSource;
 use super::ops::{Lora, TensorId, Weight};
+use crate::display;
 use crate::lora::{Adapter, LoraPair};
 use crate::model::Base;
-use crate::nf4::{Absmax, Nf4Tensor, quantize};
 use crate::{Error, Result};
 
+/// A load that takes longer than this tells how far it is.
+const BETWEEN_LINES: Duration = Duration::from_secs(2);
+
 impl Engine {
-    /// Loads the base weights, quantizing those that the plan holds in 4 bits.
+    /// Loads the base weights, quantizing those that the plan holds in 4 bits; a load that takes seconds prints how far it
+    /// is.
     ///
     /// A base that is stored in 4 bits with the plan's block sizes is copied code by code; with others it is
     /// dequantized first.
@@ -22,30 +29,23 @@ impl Engine {
     pub fn load(&mut self, base: &Base) -> Result<()> {
         self.check_base(base)?;
         let slots = self.plan.layout().weights.clone();
-        for slot in &slots {
+        let mut told = Instant::now();
+        for (i, slot) in slots.iter().enumerate() {
+            if told.elapsed() >= BETWEEN_LINES {
+                told = Instant::now();
+                display::line(&format!("loading {}: {i} of {} tensors", base.spec().name, slots.len()));
+            }
             let stored = match slot.name.strip_suffix(".weight") {
                 Some(module) if slot.shape.len() == 2 => base.nf4(module)?,
                 _ => None,
             };
-            match slot.weight {
-                Weight::Dense { w } => {
-                    let out = self.ops.write::<f32>(w);
-                    match stored {
-                        Some(q) => out.copy_from_slice(&q.dequantize_f32()?),
-                        None => base.checkpoint().read_f32_into(&slot.name, out)?,
-                    }
-                }
-                Weight::Nf4 { packed, absmax, nested, config } => {
-                    let q = match stored {
-                        Some(q) if q.config() == config => q,
-                        Some(q) => quantize(&q.dequantize()?, config)?,
-                        None => quantize(&base.checkpoint().read_tensor(&slot.name)?, config)?,
-                    };
-                    let nested = nested.map(|n| (n.absmax, n.offset));
-                    self.write_nf4(&q, packed, absmax, nested).map_err(|e| e.at(slot.name.clone()))?;
-                }
-            }
+            let mut source = match stored {
+                Some(q) => WeightSource::Quantized(q),
+                None => WeightSource::File { checkpoint: base.checkpoint(), name: &slot.name },
+            };
+            self.ops.load(slot, &mut source).map_err(|e| e.at(slot.name.clone()))?;
         }
+        self.ops.wait()?;
         self.cached = None;
         Ok(())
     }
@@ -82,45 +82,26 @@ impl Engine {
         base.validate()
     }
 
-    fn write_nf4(
-        &mut self,
-        q: &Nf4Tensor,
-        packed: TensorId,
-        absmax: TensorId,
-        nested: Option<(TensorId, TensorId)>,
-    ) -> Result<()> {
-        self.ops.write::<u8>(packed).copy_from_slice(&q.packed);
-        match (&q.absmax, nested) {
-            (Absmax::F32(values), None) => self.ops.write::<f32>(absmax).copy_from_slice(values),
-            (Absmax::Nested { codes, absmax: scales, offset, .. }, Some((nested_absmax, nested_offset))) => {
-                self.ops.write::<u8>(absmax).copy_from_slice(codes);
-                self.ops.write::<f32>(nested_absmax).copy_from_slice(scales);
-                self.ops.write::<f32>(nested_offset)[0] = *offset;
-            }
-            _ => return Err(Error::new("the weight's scales are not nested as the plan says")),
-        }
-        Ok(())
-    }
-
-    /// Draws random base weights, normal with standard deviation 0.02 and norms of one: a model from scratch.
+    /// Draws random base weights, normal with standard deviation 0.02 and norms of one: a model from scratch, or of a
+    /// shape whose files are not at hand. 4-bit weights are drawn in bf16 and quantized. A GPU draws by itself, other values
+    /// than the CPU's.
     ///
     /// # Errors
-    /// A plan with a 4-bit base.
+    /// What the device reports.
     pub fn init_weights(&mut self, seed: u64) -> Result<()> {
         let slots = self.plan.layout().weights.clone();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        for slot in &slots {
-            let Weight::Dense { w } = slot.weight else {
-                return Err(Error::new("random weights are dense").at(slot.name.clone()).found("a 4-bit base"));
+        for (i, slot) in slots.iter().enumerate() {
+            let normal = rand_distr_normal(0.02);
+            let mut draw = |out: &mut [f32]| match slot.shape.len() {
+                1 => out.fill(1.0),
+                _ => out.iter_mut().for_each(|x| *x = normal(&mut rng)),
             };
-            let out = self.ops.write::<f32>(w);
-            if slot.shape.len() == 1 {
-                out.fill(1.0);
-            } else {
-                let normal = rand_distr_normal(0.02);
-                out.iter_mut().for_each(|x| *x = normal(&mut rng));
-            }
+            let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
+            self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, draw: &mut draw, seed })?;
         }
+        self.ops.wait()?;
+        self.cached = None;
         Ok(())
     }
 
@@ -138,20 +119,23 @@ impl Engine {
     }
 
     /// The adapter as it is now.
-    pub fn adapter_pairs(&self) -> Vec<(String, LoraPair)> {
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn adapter_pairs(&self) -> Result<Vec<(String, LoraPair)>> {
         let layout = self.plan.layout();
-        let pair = |lora: &Lora| {
+        let pair = |lora: &Lora| -> Result<LoraPair> {
             let shape = |id: TensorId| self.plan.regions()[id.index()].shape.clone();
-            LoraPair {
-                a: self.ops.read::<f32>(lora.a),
-                b: self.ops.read::<f32>(lora.b),
+            Ok(LoraPair {
+                a: self.read(lora.a)?,
+                b: self.read(lora.b)?,
                 r: lora.r,
                 in_features: shape(lora.a)[1],
                 out_features: shape(lora.b)[0],
                 scaling: f64::from(lora.scaling),
-            }
+            })
         };
-        layout.adapters.iter().map(|(name, lora)| (name.clone(), pair(lora))).collect()
+        layout.adapters.iter().map(|(name, lora)| Ok((name.clone(), pair(lora)?))).collect()
     }
 
     /// Takes an adapter's matrices.
@@ -173,8 +157,8 @@ impl Engine {
         }
         // Only now, so that half an adapter is never taken.
         for (lora, pair) in adapters.values().zip(adapter.tensors.values()) {
-            self.ops.write::<f32>(lora.a).copy_from_slice(&pair.a);
-            self.ops.write::<f32>(lora.b).copy_from_slice(&pair.b);
+            self.ops.write(lora.a, bytemuck::cast_slice(&pair.a))?;
+            self.ops.write(lora.b, bytemuck::cast_slice(&pair.b))?;
         }
         self.cached = None;
         Ok(())
@@ -209,7 +193,7 @@ impl Engine {
         let slot = self.plan.layout().weights.iter().find(|s| s.name == name);
         let slot = slot.ok_or_else(|| Error::new("the model has no such weight").at(name.to_string()))?;
         match slot.weight {
-            Weight::Dense { w } => Ok(self.ops.read::<f32>(w)),
+            Weight::Dense { w } => self.read_f32(slot.master.unwrap_or(w)),
             Weight::Nf4 { .. } => Err(Error::new("the weight is held in 4 bits")
                 .at(name.to_string())
                 .expected(DType::F32.as_str())

@@ -3,7 +3,9 @@
 //! [`ops`] says what the operations are; `transformer` writes each phase as a list of them; [`crate::plan`] places what
 //! they touch; a backend ([`cpu`]) executes them. [`Engine`] puts these together.
 
+pub mod backend;
 pub mod cpu;
+pub mod cuda;
 mod decoder;
 pub mod dropout;
 pub(crate) mod layout;
@@ -21,10 +23,12 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::data::{Batch, IGNORE_INDEX};
-use crate::plan::{Lifetime, MemoryPlan, Phase};
+use crate::plan::{DeviceKind, Lifetime, MemoryPlan, Phase};
 use crate::{Error, Result};
-use cpu::{CpuOps, StepState};
-use ops::{Op, Ops, TensorId};
+use backend::{Backend, StepState};
+use cpu::CpuOps;
+use cuda::CudaOps;
+use ops::{Op, TensorId};
 use optimizer::AdamWHyper;
 
 /// A model in its arena: takes steps, evaluates, gives logits, generates.
@@ -33,13 +37,15 @@ use optimizer::AdamWHyper;
 /// [`Engine::load`].
 pub struct Engine {
     plan: MemoryPlan,
-    ops: CpuOps,
+    ops: Box<dyn Backend>,
     /// The phase that was being executed when something went wrong, or is being executed.
     interrupted: Option<Phase>,
     seconds: BTreeMap<&'static str, f64>,
     /// Of the last micro-step: until the loss, and after it.
     pass_seconds: (f64, f64),
     fill_dead: bool,
+    /// Waits for the device after each operation.
+    profile: bool,
     /// Tokens in the KV cache; `None`: its space was used by another phase.
     cached: Option<usize>,
 }
@@ -73,37 +79,72 @@ impl Engine {
     /// Allocates the plan's arena.
     ///
     /// # Errors
-    /// A plan for another device; memory that the system does not give.
+    /// No GPU where the plan wants one, libraries that are missing; memory that the device does not give.
     pub fn new(plan: &MemoryPlan) -> Result<Self> {
-        let state = StepState {
-            loss_scale: 1.0,
-            dropout_seed: 0,
-            micro_step: 0,
-            training: false,
-            adapter: true,
-            adamw: AdamWHyper {
-                lr: 0.0,
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-                weight_decay: 0.0,
-                step: 1,
-                grad_scale: 1.0,
-            },
-            max_grad_norm: 0.0,
+        let ops: Box<dyn Backend> = match plan.config().device {
+            DeviceKind::Cpu => Box::new(CpuOps::new(plan, StepState::default())?),
+            DeviceKind::Cuda => Box::new(CudaOps::new(plan, StepState::default())?),
         };
-        let mut ops = CpuOps::new(plan, state)?;
-        let frequencies = plan.spec().inv_freq();
-        ops.write::<f32>(plan.layout().inv_freq).copy_from_slice(&frequencies);
-        Ok(Engine {
+        let mut engine = Engine {
             plan: plan.clone(),
             ops,
             interrupted: None,
             seconds: BTreeMap::new(),
             pass_seconds: (0.0, 0.0),
             fill_dead: false,
+            profile: false,
             cached: Some(0),
-        })
+        };
+        engine.write_frequencies()?;
+        if engine.ops.wants_rehearsal() {
+            engine.rehearse()?;
+        }
+        Ok(engine)
+    }
+
+    fn write_frequencies(&mut self) -> Result<()> {
+        let frequencies = self.plan.spec().inv_freq();
+        self.ops.write(self.plan.layout().inv_freq, bytemuck::cast_slice(&frequencies))
+    }
+
+    /// Executes every phase once on a full batch over zeroed memory, then clears it: a GPU's libraries load a kernel when
+    /// it is first used, which must not happen in the middle of a run.
+    fn rehearse(&mut self) -> Result<()> {
+        let config = self.plan.config().clone();
+        let (batch, seq) = (config.micro_batch_size as u32, config.max_seq_length as u32);
+        let full = |batch: u32, seq: u32| {
+            let n = (batch * seq) as usize;
+            Batch {
+                input_ids: vec![0; n],
+                positions: (0..batch).flat_map(|_| 0..seq).collect(),
+                labels: vec![0; n],
+                cu_seqlens: (0..=batch).map(|i| i * seq).collect(),
+                examples: (0..batch as usize).collect(),
+            }
+        };
+        for phase in [Phase::MicroStep, Phase::Optimizer, Phase::Evaluate, Phase::Generate] {
+            if self.plan.program(phase).is_empty() {
+                continue;
+            }
+            match phase {
+                Phase::Optimizer => {}
+                Phase::Generate => {
+                    let piece = (transformer::prompt_piece(&config) as u32).min(self.plan.max_context() as u32);
+                    self.accept(full(1, piece))?;
+                    self.execute(phase)?;
+                    self.accept(full(1, 1))?;
+                }
+                _ => self.accept(full(batch, seq))?,
+            }
+            self.ops.state().training = phase == Phase::MicroStep;
+            self.execute(phase)?;
+        }
+        self.ops.clear()?;
+        self.write_frequencies()?;
+        self.take_seconds();
+        self.take_pass_seconds();
+        self.cached = Some(0);
+        Ok(())
     }
 
     /// The plan that the engine runs.
@@ -118,8 +159,25 @@ impl Engine {
 
     /// Switches the adapter off or on for evaluation and generation: the base model alone, or with what was learnt.
     pub fn enable_adapter(&mut self, on: bool) {
-        self.ops.state.adapter = on;
+        self.ops.state().adapter = on;
         self.cached = None;
+    }
+
+    /// On a GPU operations run behind the program: with `on`, each is waited for, so that [`Engine::take_seconds`] says what
+    /// it took. Slower.
+    pub fn profile(&mut self, on: bool) {
+        self.profile = on;
+    }
+
+    /// The device that computes, as its driver names it; `cpu` on the CPU.
+    pub fn device_name(&self) -> String {
+        self.ops.device_name()
+    }
+
+    /// Bytes of device memory that this process holds, as `nvidia-smi` shows it: the arena, the CUDA context and the loaded
+    /// kernels. `None` on the CPU, or where the driver does not say.
+    pub fn process_bytes(&self) -> Option<u64> {
+        self.ops.process_bytes()
     }
 
     /// Seconds spent in each kind of operation since the last call.
@@ -155,17 +213,17 @@ impl Engine {
                 .expected("full fine-tuning, LoRA or QLoRA")
                 .found(self.plan.config().method.label()));
         }
-        if !self.ops.state.adapter {
+        if !self.ops.state().adapter {
             return Err(Error::new("the adapter is switched off").next("call enable_adapter(true) before training"));
         }
         self.accept(batch)?;
-        let state = &mut self.ops.state;
+        let state = self.ops.state();
         state.loss_scale = 1.0 / num_items.max(1) as f32;
         state.dropout_seed = seed;
         state.micro_step = micro_step;
         state.training = true;
         self.execute(Phase::MicroStep)?;
-        Ok(self.loss())
+        self.loss()
     }
 
     /// Clips the accumulated gradients to `max_grad_norm` (0: not at all), updates every trained tensor, and sets the
@@ -174,10 +232,10 @@ impl Engine {
     /// # Errors
     /// An engine that failed before.
     pub fn optimizer_step(&mut self, hyper: AdamWHyper, max_grad_norm: f64) -> Result<GradNorm> {
-        self.ops.state.adamw = hyper;
-        self.ops.state.max_grad_norm = max_grad_norm;
+        self.ops.state().adamw = hyper;
+        self.ops.state().max_grad_norm = max_grad_norm;
         self.execute(Phase::Optimizer)?;
-        let v = self.ops.read::<f64>(self.plan.layout().grad_norm);
+        let v = self.read::<f64>(self.plan.layout().grad_norm)?;
         Ok(GradNorm { norm: v[0], clip: v[1] })
     }
 
@@ -187,9 +245,9 @@ impl Engine {
     /// As [`Engine::micro_step`].
     pub fn evaluate(&mut self, batch: Batch) -> Result<LossSum> {
         self.accept(batch)?;
-        self.ops.state.training = false;
+        self.ops.state().training = false;
         self.execute(Phase::Evaluate)?;
-        Ok(self.loss())
+        self.loss()
     }
 
     /// All logits of a batch, f32 `[T, V]` row-major.
@@ -198,14 +256,14 @@ impl Engine {
     /// As [`Engine::micro_step`].
     pub fn logits(&mut self, batch: Batch) -> Result<Vec<f32>> {
         self.accept(batch)?;
-        self.ops.state.training = false;
+        self.ops.state().training = false;
         self.execute(Phase::Logits)?;
-        Ok(std::mem::take(&mut self.ops.logits))
+        Ok(self.ops.logits().to_vec())
     }
 
-    fn loss(&self) -> LossSum {
-        let v = self.ops.read::<f64>(self.plan.layout().loss);
-        LossSum { sum: v[0], tokens: v[1] as u64 }
+    fn loss(&self) -> Result<LossSum> {
+        let v = self.read::<f64>(self.plan.layout().loss)?;
+        Ok(LossSum { sum: v[0], tokens: v[1] as u64 })
     }
 
     /// Checks a batch against the plan and holds it for `load_batch`.
@@ -245,7 +303,7 @@ impl Engine {
             let expected = format!("at most max_position_embeddings = {}", spec.max_position_embeddings);
             return beyond("an example that is too long", expected, format!("{longest} tokens"));
         }
-        self.ops.batch = Some(batch);
+        self.ops.set_batch(batch);
         Ok(())
     }
 
@@ -264,9 +322,13 @@ impl Engine {
         let plan = self.plan.clone();
         let scratch = plan.scratch(phase);
         let mut backward = false;
+        self.ops.begin()?;
         for (i, op) in plan.program(phase).iter().enumerate() {
             let start = Instant::now();
             self.ops.run(op, scratch[i])?;
+            if self.profile {
+                self.ops.wait()?;
+            }
             let seconds = start.elapsed().as_secs_f64();
             *self.seconds.entry(op.name()).or_default() += seconds;
             if phase == Phase::MicroStep {
@@ -275,9 +337,10 @@ impl Engine {
             }
             if self.fill_dead {
                 let dead = dead_after(&plan, phase, i as u32);
-                self.ops.poison(&dead, scratch[i]);
+                self.ops.poison(&dead, scratch[i])?;
             }
         }
+        self.ops.wait()?;
         self.interrupted = None;
         Ok(())
     }

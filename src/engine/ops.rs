@@ -479,7 +479,7 @@ pub trait Ops {
     fn swiglu_backward(&mut self, op: &SwigluBackward) -> Result<()>;
     fn lm_head_ce(&mut self, op: &LmHeadCe, scratch: Scratch) -> Result<()>;
     fn lm_head_logits(&mut self, op: &LmHeadLogits) -> Result<()>;
-    fn grad_norm(&mut self, op: &GradNorm) -> Result<()>;
+    fn grad_norm(&mut self, op: &GradNorm, scratch: Scratch) -> Result<()>;
     fn adamw(&mut self, op: &AdamW) -> Result<()>;
     fn page_in(&mut self, op: &PageIn) -> Result<()>;
     fn page_out(&mut self, op: &PageOut) -> Result<()>;
@@ -507,7 +507,7 @@ pub trait Ops {
             Op::SwigluBackward(op) => self.swiglu_backward(op),
             Op::LmHeadCe(op) => self.lm_head_ce(op, scratch),
             Op::LmHeadLogits(op) => self.lm_head_logits(op),
-            Op::GradNorm(op) => self.grad_norm(op),
+            Op::GradNorm(op) => self.grad_norm(op, scratch),
             Op::AdamW(op) => self.adamw(op),
             Op::PageIn(op) => self.page_in(op),
             Op::PageOut(op) => self.page_out(op),

@@ -1,9 +1,11 @@
 //! What a run saves and restores: adapters or weights, and the optimizer's state, straight from the arena.
 
+use std::borrow::Cow;
+
 use candle_core::DType;
 
 use super::Engine;
-use super::ops::{Moments, TensorId};
+use super::ops::{Moments, TensorId, Zero};
 use crate::{Error, Result};
 
 /// A tensor of the training state: its name in a checkpoint and where it is.
@@ -46,8 +48,11 @@ impl Engine {
     }
 
     /// The bytes of a tensor, little-endian.
-    pub fn state_bytes(&self, t: &StateTensor) -> &[u8] {
-        self.ops.raw(t.id)
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn state_bytes(&self, t: &StateTensor) -> Result<Cow<'_, [u8]>> {
+        self.ops.read(t.id)
     }
 
     /// Restores the bytes of a tensor.
@@ -55,22 +60,26 @@ impl Engine {
     /// # Errors
     /// Another number of bytes.
     pub fn set_state_bytes(&mut self, t: &StateTensor, bytes: &[u8]) -> Result<()> {
-        let out = self.ops.write_bytes(t.id);
-        if out.len() != bytes.len() {
+        let expected = self.plan.regions()[t.id.index()].bytes();
+        if expected != bytes.len() as u64 {
             return Err(Error::new("a saved tensor has another size than the plan's")
                 .at(t.name.clone())
-                .expected(format!("{} bytes", out.len()))
+                .expected(format!("{expected} bytes"))
                 .found(format!("{} bytes", bytes.len())));
         }
-        out.copy_from_slice(bytes);
+        self.ops.write(t.id, bytes)?;
         self.cached = None;
         Ok(())
     }
 
     /// Sets accumulated gradients to zero: a partial accumulation is forgotten.
-    pub fn zero_grads(&mut self) {
-        let ids: Vec<TensorId> = self.plan.layout().trainables.iter().map(|t| t.grad).collect();
-        ids.into_iter().for_each(|id| self.ops.write_bytes(id).fill(0));
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn zero_grads(&mut self) -> Result<()> {
+        let tensors: Vec<TensorId> = self.plan.layout().trainables.iter().map(|t| t.grad).collect();
+        self.ops.begin()?;
+        self.ops.zero(&Zero { tensors })
     }
 
     /// The accumulated gradient of a trained tensor, f32; for inspection.
@@ -80,6 +89,19 @@ impl Engine {
     pub fn gradient(&self, name: &str) -> Result<Vec<f32>> {
         let found = self.plan.layout().trainables.iter().find(|t| t.name == name);
         let t = found.ok_or_else(|| Error::new("no tensor of this name is trained").at(name.to_string()))?;
-        Ok(self.ops.read::<f32>(t.grad))
+        self.read_f32(t.grad)
+    }
+
+    /// A region's elements.
+    pub(super) fn read<T: bytemuck::Pod>(&self, id: TensorId) -> Result<Vec<T>> {
+        Ok(bytemuck::pod_collect_to_vec(&self.ops.read(id)?))
+    }
+
+    /// A region of f32 or bf16 as f32.
+    pub(super) fn read_f32(&self, id: TensorId) -> Result<Vec<f32>> {
+        if self.plan.regions()[id.index()].dtype == DType::F32 {
+            return self.read(id);
+        }
+        Ok(self.read::<half::bf16>(id)?.into_iter().map(half::bf16::to_f32).collect())
     }
 }

@@ -78,6 +78,26 @@ impl fmt::Display for Checkpointing {
     }
 }
 
+/// What computes: the plan's temporaries and libraries' workspaces differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// The host's processor, in f32.
+    Cpu,
+    /// An NVIDIA GPU, in bf16, or in f32 for validation.
+    #[default]
+    Cuda,
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        })
+    }
+}
+
 /// Everything that a plan depends on beside the model. Saved with a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanConfig {
@@ -97,7 +117,9 @@ pub struct PlanConfig {
     pub max_seq_length: usize,
     /// Recomputed layers.
     pub checkpointing: Checkpointing,
-    /// dtype of activations and matrix products: F32 (the CPU) or BF16 (a GPU).
+    /// What computes.
+    pub device: DeviceKind,
+    /// dtype of activations and matrix products: F32 on the CPU; BF16 on a GPU, or F32 for validation.
     #[serde(with = "crate::model::dtype_name")]
     pub compute_dtype: DType,
     /// Rows of logits that the loss holds at a time.
@@ -145,6 +167,9 @@ impl PlanConfig {
         }
         if !matches!(self.compute_dtype, DType::F32 | DType::BF16) {
             return bad("compute_dtype", "f32 or bf16", format!("{:?}", self.compute_dtype));
+        }
+        if self.device == DeviceKind::Cpu && self.compute_dtype != DType::F32 {
+            return bad("compute_dtype", "f32 on the CPU", format!("{:?}", self.compute_dtype));
         }
         if self.method == Method::FullPureBf16 && self.compute_dtype != DType::BF16 {
             return bad("compute_dtype", "bf16 for pure bf16 training", format!("{:?}", self.compute_dtype));

@@ -76,7 +76,7 @@ impl MemoryPlan {
             fit.changes = self.changes(&fit.gpu)?;
             if fit.changes.is_empty() {
                 let smallest = smallest(self.config());
-                fit.smallest_bytes = Some(self.with(smallest)?.arena_bytes() + fit.gpu.context_bytes);
+                fit.smallest_bytes = Some(self.with(smallest)?.process_bytes(&fit.gpu));
             }
         }
         Ok(fit)
@@ -89,7 +89,7 @@ impl MemoryPlan {
     }
 
     fn on(&self, gpu: Gpu) -> Fit {
-        let needed_bytes = self.arena_bytes() + gpu.context_bytes;
+        let needed_bytes = self.process_bytes(&gpu);
         Fit { gpu, arena_bytes: self.arena_bytes(), needed_bytes, changes: Vec::new(), smallest_bytes: None }
     }
 
@@ -108,14 +108,14 @@ impl MemoryPlan {
             if config == *self.config() {
                 continue;
             }
-            let needed_bytes = self.with(config.clone())?.arena_bytes() + gpu.context_bytes;
+            let needed_bytes = self.with(config.clone())?.process_bytes(&gpu);
             if needed_bytes <= gpu.total_bytes {
                 alone.push(Change { what: what.clone(), cost, needed_bytes, config });
             }
             if together.is_none() {
                 apply(&mut all);
                 said.push(what);
-                let needed_bytes = self.with(all.clone())?.arena_bytes() + gpu.context_bytes;
+                let needed_bytes = self.with(all.clone())?.process_bytes(&gpu);
                 if needed_bytes <= gpu.total_bytes && said.len() > 1 {
                     let cost = "the costs of each".into();
                     together = Some(Change { what: said.join(" and "), cost, needed_bytes, config: all.clone() });
@@ -190,7 +190,7 @@ fn fewest_recomputed(plan: &MemoryPlan, config: &PlanConfig, gpu: &Gpu) -> usize
     let layers = plan.spec().num_hidden_layers;
     let fits = |n: usize| {
         let config = PlanConfig { checkpointing: layers_recomputed(n, layers), ..config.clone() };
-        plan.with(config).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes)
+        plan.with(config).is_ok_and(|p| p.process_bytes(&gpu) <= gpu.total_bytes)
     };
     // More recomputed layers never need more: bisect.
     let (mut low, mut high) = (0, layers);
@@ -231,14 +231,12 @@ impl PlanBuilder {
     pub fn fit(self, gpu: Gpu) -> Result<Fitted> {
         let asked = self.clone().build()?;
         let (config, layers) = (asked.config().clone(), asked.spec().num_hidden_layers);
-        let fits = |c: &PlanConfig| {
-            asked.with(c.clone()).is_ok_and(|p| p.arena_bytes() + gpu.context_bytes <= gpu.total_bytes)
-        };
+        let fits = |c: &PlanConfig| asked.with(c.clone()).is_ok_and(|p| p.process_bytes(&gpu) <= gpu.total_bytes);
         let mut best = PlanConfig { micro_batch_size: 1, resident_state: false, ..config.clone() };
         let n = fewest_recomputed(&asked, &best, &gpu);
         best.checkpointing = layers_recomputed(n, layers);
         if !fits(&best) {
-            let needed = asked.with(smallest(&best))?.arena_bytes() + gpu.context_bytes;
+            let needed = asked.with(smallest(&best))?.process_bytes(&gpu);
             return Err(Error::new("no plan for this model fits on this card")
                 .at(gpu.name.clone())
                 .expected(format!("at most {} bytes", gpu.total_bytes))

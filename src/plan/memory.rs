@@ -8,7 +8,7 @@ use candle_core::DType;
 use super::pack::{Block, align, pack};
 use super::region::{Lifetime, Phase, Region, Space, Stage};
 use super::scratch::scratch_bytes;
-use super::{Checkpointing, Method, PlanConfig};
+use super::{Checkpointing, DeviceKind, Gpu, Method, PlanConfig};
 use crate::Result;
 use crate::engine::layout::{Layout, layout};
 use crate::engine::ops::{Op, Scratch};
@@ -151,21 +151,27 @@ impl MemoryPlan {
         self.0.persistent + self.phase_space()
     }
 
+    /// Bytes that the process will hold on a card, as `nvidia-smi` shows them: the arena in whole pages of 2 MiB, and the
+    /// CUDA context with the loaded kernels ([`Gpu::context_bytes`]).
+    pub fn process_bytes(&self, gpu: &Gpu) -> u64 {
+        self.arena_bytes().next_multiple_of(2 << 20) + gpu.context_bytes
+    }
+
     /// Bytes of (pinned) host memory: paged optimizer state.
     pub fn host_bytes(&self) -> u64 {
         self.0.host
     }
 
     /// Heap bytes that one operation of the CPU backend allocates beside the arena and gives back, at most: an upper bound
-    /// for this machine and rayon's number of threads, well below a MiB for two. 0 for a plan that computes in 16 bits: a
-    /// GPU's libraries get their workspaces from the arena.
+    /// for this machine and rayon's number of threads, well below a MiB for two. 0 on a GPU, whose libraries get their
+    /// workspaces from the arena.
     ///
     /// The matrix products' library (`gemm`) also keeps a buffer of the size of the L2 cache for each thread, from the
     /// first product to the end of the process.
     pub fn transient_bytes(&self) -> u64 {
-        match self.0.config.compute_dtype {
-            DType::F32 => crate::engine::cpu::transient_bytes(self.0.config.capacity(), self.0.config.ce_chunk),
-            _ => 0,
+        match self.0.config.device {
+            DeviceKind::Cpu => crate::engine::cpu::transient_bytes(self.0.config.capacity(), self.0.config.ce_chunk),
+            DeviceKind::Cuda => 0,
         }
     }
 
@@ -318,7 +324,7 @@ fn place(spec: &ModelSpec, config: &PlanConfig, mut layout: Layout, context: usi
         if program.is_empty() {
             continue;
         }
-        let (places, bytes) = place_phase(&mut layout.regions, phase, program, config.compute_dtype, persistent);
+        let (places, bytes) = place_phase(&mut layout.regions, phase, program, config, persistent);
         scratch.insert(phase, places);
         phases.insert(phase, bytes);
     }
@@ -326,7 +332,13 @@ fn place(spec: &ModelSpec, config: &PlanConfig, mut layout: Layout, context: usi
 }
 
 /// Places the regions and the scratch of one phase after `base`; the scratch of each operation, and the phase's bytes.
-fn place_phase(regions: &mut [Region], phase: Phase, program: &[Op], compute: DType, base: u64) -> (Vec<Scratch>, u64) {
+fn place_phase(
+    regions: &mut [Region],
+    phase: Phase,
+    program: &[Op],
+    config: &PlanConfig,
+    base: u64,
+) -> (Vec<Scratch>, u64) {
     let mut blocks = Vec::new();
     let mut owners = Vec::new();
     for (i, r) in regions.iter().enumerate() {
@@ -340,7 +352,7 @@ fn place_phase(regions: &mut [Region], phase: Phase, program: &[Op], compute: DT
     }
     let mut scratch = vec![Scratch::default(); program.len()];
     for (i, op) in program.iter().enumerate() {
-        scratch[i].bytes = scratch_bytes(op, regions, compute);
+        scratch[i].bytes = scratch_bytes(op, regions, config.device, config.compute_dtype);
         if scratch[i].bytes > 0 {
             blocks.push(Block { bytes: scratch[i].bytes, first: i as u32, last: i as u32 });
         }
@@ -358,14 +370,33 @@ fn place_phase(regions: &mut [Region], phase: Phase, program: &[Op], compute: DT
 
 /// A plan of single operations over regions of their own, so that a backend's operations can be tested one by one.
 #[cfg(test)]
-pub(crate) fn of_ops(spec: ModelSpec, mut regions: Vec<Region>, program: Vec<Op>) -> MemoryPlan {
-    let mut end = 0;
-    for r in regions.iter_mut().filter(|r| r.space == Space::Device) {
-        r.offset = end;
-        end += align(r.bytes());
+pub(crate) fn of_ops(
+    spec: ModelSpec,
+    mut regions: Vec<Region>,
+    program: Vec<Op>,
+    device: DeviceKind,
+    compute_dtype: DType,
+) -> MemoryPlan {
+    let workspace = (device == DeviceKind::Cuda).then(|| {
+        regions.push(Region {
+            name: "matrix-product workspace".into(),
+            stage: Stage::Scratch,
+            dtype: DType::U8,
+            shape: vec![crate::engine::layout::MATMUL_WORKSPACE],
+            space: Space::Device,
+            lifetime: Lifetime::Persistent,
+            offset: 0,
+        });
+        crate::engine::ops::TensorId(regions.len() as u32 - 1)
+    });
+    let (mut end, mut host) = (0, 0);
+    for r in &mut regions {
+        let end = if r.space == Space::Host { &mut host } else { &mut end };
+        r.offset = *end;
+        *end += align(r.bytes());
     }
-    let config = PlanBuilder::new(&spec, Method::Inference).cpu().config;
-    let (scratch, bytes) = place_phase(&mut regions, Phase::MicroStep, &program, config.compute_dtype, end);
+    let config = PlanBuilder::new(&spec, Method::Inference).device(device).compute_dtype(compute_dtype).config;
+    let (scratch, bytes) = place_phase(&mut regions, Phase::MicroStep, &program, &config, end);
     let none = crate::engine::ops::TensorId(0);
     let dense = crate::engine::layout::NormIds { weight: none, grad: None };
     let layout = Layout {
@@ -375,6 +406,7 @@ pub(crate) fn of_ops(spec: ModelSpec, mut regions: Vec<Region>, program: Vec<Op>
         norm: dense,
         lm_head: dense,
         inv_freq: none,
+        workspace,
         trainables: Vec::new(),
         weights: Vec::new(),
         adapters: BTreeMap::new(),
@@ -390,7 +422,7 @@ pub(crate) fn of_ops(spec: ModelSpec, mut regions: Vec<Region>, program: Vec<Op>
         scratch: [(Phase::MicroStep, scratch)].into(),
         persistent: end,
         phases: [(Phase::MicroStep, bytes)].into(),
-        host: 0,
+        host,
         context: 0,
     }))
 }
@@ -428,6 +460,7 @@ impl PlanBuilder {
             micro_batch_size: 1,
             max_seq_length: 512.min(spec.max_position_embeddings),
             checkpointing: Checkpointing::All,
+            device: DeviceKind::Cuda,
             compute_dtype: DType::BF16,
             ce_chunk: 256,
             max_context: None,
@@ -435,13 +468,21 @@ impl PlanBuilder {
         PlanBuilder { spec: spec.clone(), config }
     }
 
-    /// Computes in f32, as the CPU backend does.
+    /// Computes on the CPU, in f32.
     pub fn cpu(mut self) -> Self {
+        self.config.device = DeviceKind::Cpu;
         self.config.compute_dtype = DType::F32;
         self
     }
 
-    /// dtype of activations and matrix products: BF16 (default) or F32.
+    /// What computes: a GPU in bf16 (default), or the CPU in f32.
+    pub fn device(mut self, device: DeviceKind) -> Self {
+        self.config.device = device;
+        self.config.compute_dtype = if device == DeviceKind::Cpu { DType::F32 } else { DType::BF16 };
+        self
+    }
+
+    /// dtype of activations and matrix products: BF16 (default on a GPU) or F32.
     pub fn compute_dtype(mut self, dtype: DType) -> Self {
         self.config.compute_dtype = dtype;
         self

@@ -14,7 +14,7 @@ mod pack;
 mod region;
 mod scratch;
 
-pub use config::{Checkpointing, Method, PlanConfig};
+pub use config::{Checkpointing, DeviceKind, Method, PlanConfig};
 pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
 pub use fit::{Change, Fit, FitTable, Fitted};
 pub use gpu::Gpu;

@@ -2,58 +2,78 @@
 
 use candle_core::DType;
 
+use super::DeviceKind;
 use super::region::Region;
+use crate::engine::cuda::scratch::{LinearScratch, LmHeadScratch, grad_norm_bytes};
 use crate::engine::ops::{LinearIds, Op, TensorId, Weight};
 
-/// Bytes of scratch that `op` needs, with activations in `compute` (F32: the CPU backend; BF16: a GPU).
-pub fn scratch_bytes(op: &Op, regions: &[Region], compute: DType) -> u64 {
-    let b = compute.size_in_bytes();
-    let rows = |id: TensorId| regions[id.index()].shape[0];
-    let width = |id: TensorId| regions[id.index()].numel() / rows(id);
-    let bytes = match op {
-        Op::Linear(o) => {
-            let product = if o.y.is_some() { dequantized(&o.linear, b) } else { 0 };
-            product + lora_casts(&o.linear, b) + dropped(&o.linear, rows(o.x), b)
-        }
-        Op::LinearBackward(o) => {
-            let product = if o.dx.is_some() { dequantized(&o.linear, b) } else { 0 };
-            let dxa = o.linear.lora.map_or(0, |l| rows(o.dy) * l.r * b);
-            product + dxa.next_multiple_of(64) + lora_casts(&o.linear, b) + dropped(&o.linear, rows(o.dy), b)
-        }
-        // Per token and head: the dot product of the output and its gradient.
-        Op::AttentionBackward(o) => rows(o.q) * o.heads.q * 4,
-        // Gathered rows, their logits, their gradients, and which rows they are.
-        Op::LmHeadCe(o) => {
-            let (c, v) = (width(o.x), rows(o.weight));
-            let gradients = if o.dx.is_some() { o.chunk * c * b } else { 0 };
-            let rows = (rows(o.x) * 4).next_multiple_of(64);
-            rows + o.chunk * c * b + gradients + o.chunk * v * 4
-        }
-        _ => 0,
+/// Bytes of scratch that `op` needs on `device`, with activations in `compute`.
+pub fn scratch_bytes(op: &Op, regions: &[Region], device: DeviceKind, compute: DType) -> u64 {
+    let bytes = match device {
+        DeviceKind::Cpu => cpu(op, regions),
+        DeviceKind::Cuda => cuda(op, regions, compute.size_in_bytes()),
     };
     bytes as u64
 }
 
-/// A 4-bit weight becomes one matrix of the compute dtype.
-fn dequantized(linear: &LinearIds, b: usize) -> usize {
-    match linear.weight {
-        Weight::Dense { .. } => 0,
-        Weight::Nf4 { .. } => (linear.out_features * linear.in_features * b).next_multiple_of(64),
-    }
+fn rows(regions: &[Region], id: TensorId) -> usize {
+    regions[id.index()].shape[0]
 }
 
-/// A and B are f32; 16-bit products read a 16-bit copy.
-fn lora_casts(linear: &LinearIds, b: usize) -> usize {
-    match linear.lora {
-        Some(lora) if b == 2 => (lora.r * (linear.in_features + linear.out_features) * b).next_multiple_of(64),
+fn width(regions: &[Region], id: TensorId) -> usize {
+    regions[id.index()].numel() / rows(regions, id)
+}
+
+fn cuda(op: &Op, regions: &[Region], elem: usize) -> usize {
+    let rows = |id| rows(regions, id);
+    match op {
+        Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false).total,
+        Op::LinearBackward(o) => LinearScratch::new(&o.linear, rows(o.dy), elem, o.dx.is_some(), true).total,
+        // Per token and head: the dot product of the output and its gradient.
+        Op::AttentionBackward(o) => rows(o.q) * o.heads.q * 4,
+        Op::LmHeadCe(o) => LmHeadScratch::new(o, rows(o.x), width(regions, o.x), rows(o.weight), elem).total,
+        Op::GradNorm(o) => grad_norm_bytes(o.grads.len()),
         _ => 0,
     }
 }
 
+fn cpu(op: &Op, regions: &[Region]) -> usize {
+    const F32: usize = 4;
+    let rows = |id| rows(regions, id);
+    match op {
+        Op::Linear(o) => {
+            let product = if o.y.is_some() { dequantized(&o.linear) } else { 0 };
+            product + dropped(&o.linear, rows(o.x))
+        }
+        Op::LinearBackward(o) => {
+            let product = if o.dx.is_some() { dequantized(&o.linear) } else { 0 };
+            let dxa = o.linear.lora.map_or(0, |l| rows(o.dy) * l.r * F32);
+            product + dxa.next_multiple_of(64) + dropped(&o.linear, rows(o.dy))
+        }
+        // Per token and head: the dot product of the output and its gradient.
+        Op::AttentionBackward(o) => rows(o.q) * o.heads.q * F32,
+        // Which rows have a label, those rows, their logits and their gradients.
+        Op::LmHeadCe(o) => {
+            let (c, v) = (width(regions, o.x), rows(o.weight));
+            let gradients = if o.dx.is_some() { o.chunk * c * F32 } else { 0 };
+            (rows(o.x) * 4).next_multiple_of(64) + o.chunk * c * F32 + gradients + o.chunk * v * F32
+        }
+        _ => 0,
+    }
+}
+
+/// A 4-bit weight becomes one matrix of f32.
+fn dequantized(linear: &LinearIds) -> usize {
+    match linear.weight {
+        Weight::Dense { .. } => 0,
+        Weight::Nf4 { .. } => (linear.out_features * linear.in_features * 4).next_multiple_of(64),
+    }
+}
+
 /// The input with LoRA dropout applied, or the gradient before it.
-fn dropped(linear: &LinearIds, tokens: usize, b: usize) -> usize {
+fn dropped(linear: &LinearIds, tokens: usize) -> usize {
     match linear.lora {
-        Some(lora) if lora.dropout > 0.0 => (tokens * linear.in_features * b).next_multiple_of(64),
+        Some(lora) if lora.dropout > 0.0 => (tokens * linear.in_features * 4).next_multiple_of(64),
         _ => 0,
     }
 }

@@ -18,7 +18,9 @@ pub fn save_dataset(path: impl AsRef<Path>, dataset: &Dataset) -> Result<()> {
     let ids: Vec<u32> = dataset.examples().iter().flat_map(|e| e.input_ids.iter().copied()).collect();
     let labels: Vec<i32> = dataset.examples().iter().flat_map(|e| e.labels.iter().copied()).collect();
     let lengths: Vec<u64> = dataset.examples().iter().map(|e| e.input_ids.len() as u64).collect();
-    let slice = |name: &str, dtype, len, data| TensorSlice { name: name.into(), dtype, shape: vec![len], data };
+    fn slice<'a>(name: &str, dtype: Dtype, len: usize, data: &'a [u8]) -> TensorSlice<'a> {
+        TensorSlice { name: name.into(), dtype, shape: vec![len], data: data.into() }
+    }
     let tmp = path.with_extension(format!("tmp-{}", std::process::id()));
     // Left behind by a process of the same id that was killed.
     _ = std::fs::remove_file(&tmp);

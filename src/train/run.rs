@@ -391,7 +391,7 @@ impl Run {
                 name: t.name.clone(),
                 dtype: file_dtype(t)?,
                 shape: t.shape.clone(),
-                data: engine.state_bytes(t),
+                data: engine.state_bytes(t)?,
             });
         }
         let adapter = self.adapter_config();
@@ -408,7 +408,7 @@ impl Run {
     /// Full fine-tuning has none.
     pub fn adapter(&self) -> Result<Adapter> {
         let config = self.adapter_config().ok_or_else(no_adapter)?;
-        Ok(Adapter { config, tensors: self.engine.adapter_pairs().into_iter().collect() })
+        Ok(Adapter { config, tensors: self.engine.adapter_pairs()?.into_iter().collect() })
     }
 
     /// Saves the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
@@ -771,14 +771,14 @@ fn restore(engine: &mut Engine, checkpoint: &CheckpointDir) -> Result<TrainState
 /// The trained parameters as files: an adapter as PEFT writes it, or all weights.
 fn write_parameters(engine: &Engine, adapter: Option<AdapterConfig>, dir: &Path) -> Result<()> {
     if let Some(config) = adapter {
-        let tensors = engine.adapter_pairs().into_iter().collect();
+        let tensors = engine.adapter_pairs()?.into_iter().collect();
         return Adapter { config, tensors }.save(dir);
     }
     let parameters = engine.parameters();
     let headers = parameters.iter().map(|t| TensorHeader::new(t.name.clone(), t.dtype, t.shape.clone())).collect();
     let mut out = SafetensorsWriter::create(dir.join(WEIGHTS_FILE), headers, &pt_metadata())?;
     for t in &parameters {
-        out.write(&t.name, engine.state_bytes(t))?;
+        out.write(&t.name, &engine.state_bytes(t)?)?;
     }
     out.finish()
 }

@@ -1,5 +1,6 @@
 //! Named bytes in a safetensors file: written straight from the caller's memory, read back one tensor at a time.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -25,18 +26,19 @@ pub struct TensorSlice<'a> {
     /// Its shape.
     pub shape: Vec<usize>,
     /// Its bytes, little-endian, row-major.
-    pub data: &'a [u8],
+    pub data: Cow<'a, [u8]>,
 }
 
 impl<'a> TensorSlice<'a> {
     /// An f32 tensor.
     pub fn f32(name: impl Into<String>, shape: &[usize], data: &'a [f32]) -> Self {
-        TensorSlice { name: name.into(), dtype: Dtype::F32, shape: shape.to_vec(), data: bytemuck::cast_slice(data) }
+        let data = Cow::Borrowed(bytemuck::cast_slice(data));
+        TensorSlice { name: name.into(), dtype: Dtype::F32, shape: shape.to_vec(), data }
     }
 
     /// A u8 tensor.
     pub fn u8(name: impl Into<String>, shape: &[usize], data: &'a [u8]) -> Self {
-        TensorSlice { name: name.into(), dtype: Dtype::U8, shape: shape.to_vec(), data }
+        TensorSlice { name: name.into(), dtype: Dtype::U8, shape: shape.to_vec(), data: Cow::Borrowed(data) }
     }
 }
 
@@ -48,7 +50,7 @@ pub(super) fn write(path: &Path, tensors: &[TensorSlice<'_>]) -> Result<()> {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         for tensor in tensors {
-            out.write_all(tensor.data)?;
+            out.write_all(&tensor.data)?;
         }
         out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()
     };

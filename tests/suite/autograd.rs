@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::DType;
 use serde_json::Value;
 use tunebook::data::{Batch, Dataset};
 use tunebook::engine::Engine;
@@ -142,7 +143,7 @@ fn lora_beside_a_tied_head() {
 }
 
 /// The base as its 4-bit form gives it back: linear modules of the layers only.
-fn dequantized(base: &Base, config: Nf4Config) -> impl Fn(&str) -> Vec<f32> {
+pub fn dequantized(base: &Base, config: Nf4Config) -> impl Fn(&str) -> Vec<f32> {
     move |name| {
         if !name.contains("_proj") {
             return base.checkpoint().read_f32(name).unwrap();
@@ -162,7 +163,7 @@ fn qlora_nested_and_plain() {
             let quant = Nf4Config { double_quant, ..Nf4Config::default() };
             let lora = lora_config(8, targets);
             let adapter = adapter(model.spec(), &lora, 9);
-            let reference = Reference::new(model.spec(), dequantized(&model.base, quant), Some(&adapter));
+            let reference = Reference::new(model.spec(), DType::F64, dequantized(&model.base, quant), Some(&adapter));
             let plan = MemoryPlan::qlora(model.spec()).quantization(Some(quant)).adapter(lora);
             check(&format!("QLoRA, nested {double_quant}"), plan, &model.base, &reference, Some(&adapter));
         }

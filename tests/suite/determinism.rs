@@ -53,7 +53,7 @@ fn steps(model: &RandomModel, plan: PlanBuilder, lora: Option<&LoraConfig>, thre
             out.push((format!("norm {step}"), f64s(&[norm.norm, norm.clip])));
         }
         for p in engine.parameters().into_iter().chain(engine.optimizer_state()) {
-            let bytes = engine.state_bytes(&p).iter().map(|b| u32::from(*b)).collect();
+            let bytes = engine.state_bytes(&p).unwrap().iter().map(|b| u32::from(*b)).collect();
             out.push((p.name, bytes));
         }
         let loss = engine.evaluate(Batch::new(&ds, &[0, 2])).unwrap();

@@ -95,20 +95,31 @@ pub fn adapter(spec: &ModelSpec, config: &LoraConfig, seed: u64) -> Adapter {
     adapter
 }
 
-/// A decoder of candle tensors in f64.
+/// A decoder of candle tensors: in f64, or in bf16 as transformers computes in it (products with f32 sums, norms, softmax
+/// and loss in f32, everything else and every result rounded).
 pub struct Reference {
     spec: ModelSpec,
+    dtype: DType,
     pub weights: BTreeMap<String, Var>,
     /// A, B, scaling by module.
     pub lora: BTreeMap<String, (Var, Var, f64)>,
 }
 
-fn f64_tensor(data: &[f32], shape: &[usize]) -> Tensor {
-    Tensor::from_slice(data, shape, &Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()
+fn tensor(data: &[f32], shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::from_slice(data, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-fn leaf(data: &[f32], shape: &[usize]) -> Var {
-    Var::from_tensor(&f64_tensor(data, shape)).unwrap()
+fn leaf(data: &[f32], shape: &[usize], dtype: DType) -> Var {
+    Var::from_tensor(&tensor(data, shape, dtype)).unwrap()
+}
+
+/// bf16 as f32; f64 stays.
+fn up(x: &Tensor) -> Tensor {
+    if x.dtype() == DType::BF16 { x.to_dtype(DType::F32).unwrap() } else { x.clone() }
+}
+
+fn matmul(a: &Tensor, b: &Tensor) -> Tensor {
+    up(a).matmul(&up(b)).unwrap().to_dtype(a.dtype()).unwrap()
 }
 
 fn split(x: &Tensor, heads: usize, dim: usize) -> Tensor {
@@ -117,21 +128,22 @@ fn split(x: &Tensor, heads: usize, dim: usize) -> Tensor {
 
 impl Reference {
     /// `weight` gives the values of a tensor, f32.
-    pub fn new(spec: &ModelSpec, weight: impl Fn(&str) -> Vec<f32>, adapter: Option<&Adapter>) -> Self {
-        let weights = spec.tensors().into_iter().map(|t| (t.name.clone(), leaf(&weight(&t.name), &t.shape))).collect();
+    pub fn new(spec: &ModelSpec, dtype: DType, weight: impl Fn(&str) -> Vec<f32>, adapter: Option<&Adapter>) -> Self {
+        let weights =
+            spec.tensors().into_iter().map(|t| (t.name.clone(), leaf(&weight(&t.name), &t.shape, dtype))).collect();
         let pairs = adapter.into_iter().flat_map(|a| &a.tensors);
         let lora = pairs
             .map(|(name, p)| {
-                let (a, b) = (leaf(&p.a, &[p.r, p.in_features]), leaf(&p.b, &[p.out_features, p.r]));
+                let (a, b) = (leaf(&p.a, &[p.r, p.in_features], dtype), leaf(&p.b, &[p.out_features, p.r], dtype));
                 (name.clone(), (a, b, p.scaling))
             })
             .collect();
-        Reference { spec: spec.clone(), weights, lora }
+        Reference { spec: spec.clone(), dtype, weights, lora }
     }
 
-    /// The model of a base's own values.
+    /// The model of a base's own values, in f64.
     pub fn of(base: &Base, adapter: Option<&Adapter>) -> Self {
-        Self::new(base.spec(), |name| base.checkpoint().read_f32(name).unwrap(), adapter)
+        Self::new(base.spec(), DType::F64, |name| base.checkpoint().read_f32(name).unwrap(), adapter)
     }
 
     fn weight(&self, name: &str) -> &Tensor {
@@ -139,16 +151,18 @@ impl Reference {
     }
 
     fn linear(&self, x: &Tensor, module: &str) -> Tensor {
-        let y = x.matmul(&self.weight(&format!("{module}.weight")).t().unwrap()).unwrap();
+        let y = matmul(x, &self.weight(&format!("{module}.weight")).t().unwrap());
         let Some((a, b, scaling)) = self.lora.get(module) else { return y };
-        let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+        let low = matmul(&matmul(x, &a.t().unwrap()), &b.t().unwrap());
         (y + (low * *scaling).unwrap()).unwrap()
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> Tensor {
-        let mean = x.sqr().unwrap().mean_keepdim(1).unwrap();
+        let wide = up(x);
+        let mean = wide.sqr().unwrap().mean_keepdim(1).unwrap();
         let rstd = (mean + self.spec.rms_norm_eps).unwrap().sqrt().unwrap().recip().unwrap();
-        x.broadcast_mul(&rstd).unwrap().broadcast_mul(self.weight(name)).unwrap()
+        let normed = wide.broadcast_mul(&rstd).unwrap().to_dtype(self.dtype).unwrap();
+        normed.broadcast_mul(self.weight(name)).unwrap()
     }
 
     /// transformers' `rotate_half` form on `[heads, T, D]`.
@@ -156,8 +170,9 @@ impl Reference {
         let (t, d) = (x.dims()[1], self.spec.head_dim);
         let inv_freq = self.spec.inv_freq();
         let angles: Vec<f32> = (0..t).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f)).collect();
-        let angles = f64_tensor(&angles, &[t, d / 2]);
-        let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+        let angles = tensor(&angles, &[t, d / 2], DType::F64);
+        let cast = |x: Tensor| x.to_dtype(self.dtype).unwrap();
+        let (cos, sin) = (cast(angles.cos().unwrap()), cast(angles.sin().unwrap()));
         let (a, b) = (x.narrow(2, 0, d / 2).unwrap(), x.narrow(2, d / 2, d / 2).unwrap());
         let mul = |x: &Tensor, y: &Tensor| x.broadcast_mul(y).unwrap();
         let (first, second) = ((mul(&a, &cos) - mul(&b, &sin)).unwrap(), (mul(&b, &cos) + mul(&a, &sin)).unwrap());
@@ -175,13 +190,14 @@ impl Reference {
             x.reshape((h, t, d)).unwrap()
         };
         let (k, v) = (repeat(k), repeat(v));
-        let scores = q.matmul(&k.transpose(1, 2).unwrap().contiguous().unwrap()).unwrap();
+        let scores = up(&matmul(&q, &k.transpose(1, 2).unwrap().contiguous().unwrap()));
         let sees = |i: usize, j: usize| j <= i && s.sliding_window.is_none_or(|w| i - j < w);
         let mask: Vec<f32> = (0..t * t).map(|n| if sees(n / t, n % t) { 0.0 } else { -1e30 }).collect();
-        let scores = (scores / (d as f64).sqrt()).unwrap().broadcast_add(&f64_tensor(&mask, &[t, t])).unwrap();
+        let mask = tensor(&mask, &[t, t], scores.dtype());
+        let scores = (scores / (d as f64).sqrt()).unwrap().broadcast_add(&mask).unwrap();
         let e = scores.broadcast_sub(&scores.max_keepdim(2).unwrap().detach()).unwrap().exp().unwrap();
-        let p = e.broadcast_div(&e.sum_keepdim(2).unwrap()).unwrap();
-        let o = p.matmul(&v).unwrap().transpose(0, 1).unwrap().reshape((t, h * d)).unwrap();
+        let p = e.broadcast_div(&e.sum_keepdim(2).unwrap()).unwrap().to_dtype(self.dtype).unwrap();
+        let o = matmul(&p, &v).transpose(0, 1).unwrap().reshape((t, h * d)).unwrap();
         self.linear(&o, &format!("{at}.o_proj"))
     }
 
@@ -205,7 +221,7 @@ impl Reference {
         }
         let x = self.norm(&x, "model.norm.weight");
         let head = if self.spec.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        x.matmul(&self.weight(head).t().unwrap()).unwrap()
+        matmul(&x, &self.weight(head).t().unwrap())
     }
 
     /// Sum of the cross-entropies of an example, `None` when it has no label.
@@ -217,7 +233,7 @@ impl Reference {
         }
         let targets: Vec<u32> = kept.iter().map(|&t| next[t as usize] as u32).collect();
         let ids = |x: &[u32]| Tensor::from_slice(x, x.len(), &Device::Cpu).unwrap();
-        let logits = self.logits(&example.input_ids).index_select(&ids(&kept), 0).unwrap();
+        let logits = up(&self.logits(&example.input_ids)).index_select(&ids(&kept), 0).unwrap();
         let top = logits.max_keepdim(1).unwrap().detach();
         let sum = logits.broadcast_sub(&top).unwrap().exp().unwrap().sum_keepdim(1).unwrap();
         let lse = (sum.log().unwrap() + top).unwrap();
@@ -232,7 +248,8 @@ impl Reference {
         let losses: Vec<Tensor> = (0..ds.len()).filter_map(|i| self.loss(ds.get(i))).collect();
         let total = (Tensor::stack(&losses, 0).unwrap().sum_all().unwrap() / items as f64).unwrap();
         let grads = total.backward().unwrap();
-        let flat = |v: &Var| grads.get(v).map(|g| g.flatten_all().unwrap().to_vec1::<f64>().unwrap());
+        let numbers = |x: &Tensor| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let flat = |v: &Var| grads.get(v).map(numbers);
         let mut out = BTreeMap::new();
         for (name, w) in &self.weights {
             out.extend(flat(w).map(|g| (name.clone(), g)));
@@ -241,6 +258,6 @@ impl Reference {
             out.extend(flat(a).map(|g| (format!("{name}.lora_A.weight"), g)));
             out.extend(flat(b).map(|g| (format!("{name}.lora_B.weight"), g)));
         }
-        (total.to_scalar::<f64>().unwrap(), out)
+        (numbers(&total)[0], out)
     }
 }

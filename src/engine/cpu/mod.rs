@@ -20,8 +20,11 @@ mod swiglu;
 
 pub use arena::Arena;
 
+use std::borrow::Cow;
+
+use super::backend::{Backend, StepState, WeightSource, write_quantized};
+use super::layout::WeightSlot;
 use super::ops::*;
-use super::optimizer::AdamWHyper;
 use crate::data::Batch;
 use crate::plan::{ALIGNMENT, MemoryPlan, Region, Space};
 use crate::{Error, Result};
@@ -35,25 +38,6 @@ pub(crate) fn transient_bytes(tokens: usize, chunk: usize) -> u64 {
     (threads + attention::tiles_bytes(tokens) + chunk.min(tokens) * size_of::<f64>() + HANDING_OUT) as u64
 }
 
-/// What changes from step to step: read by the operations, never part of them.
-#[derive(Clone, Debug)]
-pub struct StepState {
-    /// Factor of every token's gradient: 1 / number of labels in the whole accumulated batch.
-    pub loss_scale: f32,
-    /// Key of the dropout masks.
-    pub dropout_seed: u64,
-    /// Number of the micro-step since the run began: every micro-step has masks of its own.
-    pub micro_step: u64,
-    /// Dropout is applied (training) or not (evaluation, generation).
-    pub training: bool,
-    /// The adapter takes part.
-    pub adapter: bool,
-    /// Hyper-parameters of the update.
-    pub adamw: AdamWHyper,
-    /// Gradients are scaled down to this global norm; 0: never.
-    pub max_grad_norm: f64,
-}
-
 /// The arena, the plan's map of it, and the state of the step.
 pub struct CpuOps {
     plan: MemoryPlan,
@@ -64,9 +48,9 @@ pub struct CpuOps {
     /// Where each example of the batch at hand starts.
     cu_seqlens: Vec<u32>,
     /// The batch that `load_batch` copies in.
-    pub(crate) batch: Option<Batch>,
+    batch: Option<Batch>,
     /// Filled by `lm_head_logits` when all logits are wanted.
-    pub(crate) logits: Vec<f32>,
+    logits: Vec<f32>,
     /// Scalars of the step.
     pub state: StepState,
 }
@@ -75,15 +59,8 @@ impl CpuOps {
     /// Allocates the plan's arena, zeroed.
     ///
     /// # Errors
-    /// A plan for another compute dtype; memory that the system does not give.
+    /// Heads wider than a tile; memory that the system does not give.
     pub fn new(plan: &MemoryPlan, state: StepState) -> Result<Self> {
-        if plan.config().compute_dtype != candle_core::DType::F32 {
-            return Err(Error::new("the CPU computes in f32")
-                .at("compute_dtype")
-                .expected("f32")
-                .found(format!("{:?}", plan.config().compute_dtype))
-                .next("add `.cpu()` to the plan's builder"));
-        }
         if plan.spec().head_dim > rotary::MAX_HEAD_DIM {
             return Err(Error::new("the heads are wider than the CPU backend's tiles")
                 .at("head_dim")
@@ -157,38 +134,57 @@ impl CpuOps {
         bytemuck::cast_slice_mut(unsafe { self.arena.slice(s.offset, s.bytes / 4 * 4) })
     }
 
-    /// Copies a region's elements out.
-    pub(crate) fn read<T: bytemuck::Pod>(&self, id: TensorId) -> Vec<T> {
-        // SAFETY: copied at once; no operation runs meanwhile because `run` needs `&mut self`.
-        unsafe { self.slice::<T>(id) }.to_vec()
-    }
-
-    /// A region to be filled from outside.
-    pub(crate) fn write<T: bytemuck::Pod>(&mut self, id: TensorId) -> &mut [T] {
-        // SAFETY: the exclusive borrow of `self` covers the result.
-        unsafe { self.slice::<T>(id) }
-    }
-
-    /// A region's bytes, to be restored.
-    pub(crate) fn write_bytes(&mut self, id: TensorId) -> &mut [u8] {
+    /// A region's bytes, to be changed from outside an operation.
+    fn bytes_mut(&mut self, id: TensorId) -> &mut [u8] {
         // SAFETY: the exclusive borrow of `self` covers the result.
         unsafe { self.bytes(id) }
     }
+}
 
-    /// A region's bytes, to be saved.
-    pub(crate) fn raw(&self, id: TensorId) -> &[u8] {
+impl Backend for CpuOps {
+    fn state(&mut self) -> &mut StepState {
+        &mut self.state
+    }
+
+    fn set_batch(&mut self, batch: Batch) {
+        self.batch = Some(batch);
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    fn read(&self, id: TensorId) -> Result<Cow<'_, [u8]>> {
         // SAFETY: shared borrow of `self`; operations need `&mut self`.
-        unsafe { self.bytes(id) }
+        Ok(Cow::Borrowed(unsafe { self.bytes(id) }))
+    }
+
+    fn write(&mut self, id: TensorId, bytes: &[u8]) -> Result<()> {
+        self.bytes_mut(id).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn load(&mut self, slot: &WeightSlot, source: &mut WeightSource<'_>) -> Result<()> {
+        match slot.weight {
+            Weight::Dense { w } => {
+                let out: &mut [f32] = bytemuck::cast_slice_mut(self.bytes_mut(w));
+                source.read_f32(out)
+            }
+            Weight::Nf4 { packed, absmax, nested, config } => {
+                let q = source.quantize(config)?;
+                write_quantized(self, &q, packed, absmax, nested)
+            }
+        }
     }
 
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
-    pub(crate) fn poison(&mut self, ids: &[TensorId], scratch: Scratch) {
+    fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
         for &id in ids {
-            // SAFETY: exclusive borrow.
-            unsafe { self.bytes(id) }.fill(0xff);
+            self.bytes_mut(id).fill(0xff);
         }
         // SAFETY: exclusive borrow.
         unsafe { self.arena.slice(scratch.offset, scratch.bytes) }.fill(0xff);
+        Ok(())
     }
 }
 
@@ -199,11 +195,14 @@ impl Ops for CpuOps {
         self.cu_seqlens.clear();
         self.cu_seqlens.extend_from_slice(&batch.cu_seqlens);
         let t = self.tokens;
-        self.write::<u32>(op.tokens)[..t].copy_from_slice(&batch.input_ids);
-        self.write::<u32>(op.positions)[..t].copy_from_slice(&batch.positions);
-        self.write::<u32>(op.cu_seqlens)[..batch.cu_seqlens.len()].copy_from_slice(&batch.cu_seqlens);
-        if let Some(labels) = op.labels {
-            self.write::<i32>(labels)[..t].copy_from_slice(&batch.labels);
+        // SAFETY: one region at a time, exclusive borrow.
+        unsafe {
+            self.slice::<u32>(op.tokens)[..t].copy_from_slice(&batch.input_ids);
+            self.slice::<u32>(op.positions)[..t].copy_from_slice(&batch.positions);
+            self.slice::<u32>(op.cu_seqlens)[..batch.cu_seqlens.len()].copy_from_slice(&batch.cu_seqlens);
+            if let Some(labels) = op.labels {
+                self.slice::<i32>(labels)[..t].copy_from_slice(&batch.labels);
+            }
         }
         Ok(())
     }
@@ -267,7 +266,7 @@ impl Ops for CpuOps {
         self.project_logits(op);
         Ok(())
     }
-    fn grad_norm(&mut self, op: &GradNorm) -> Result<()> {
+    fn grad_norm(&mut self, op: &GradNorm, _: Scratch) -> Result<()> {
         self.global_norm(op)
     }
     fn adamw(&mut self, op: &AdamW) -> Result<()> {

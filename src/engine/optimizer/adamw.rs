@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{AdamWHyper, CHUNK};
+use super::{AdamWHyper, BnbCoefficients, CHUNK};
 use crate::nf4::widest;
 
 /// One step of `torch.optim.AdamW`, all slices of the same length:
@@ -17,7 +17,7 @@ use crate::nf4::widest;
 /// # Panics
 /// If the lengths differ.
 pub fn adamw(p: &mut [f32], g: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], h: &AdamWHyper) {
-    let c = Torch::new(h);
+    let c = TorchCoefficients::new(h);
     each_chunk(p, g, exp_avg, exp_avg_sq, |p, g, m, v| torch_step(p, g, m, v, &c));
 }
 
@@ -36,7 +36,8 @@ pub fn adamw(p: &mut [f32], g: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f3
 /// # Panics
 /// If the lengths differ.
 pub fn adamw_32bit_bnb(p: &mut [f32], g: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], h: &AdamWHyper) {
-    each_chunk(p, g, exp_avg, exp_avg_sq, |p, g, m, v| bnb_step(p, g, m, v, h));
+    let c = BnbCoefficients::new(h);
+    each_chunk(p, g, exp_avg, exp_avg_sq, |p, g, m, v| bnb_step(p, g, m, v, &c));
 }
 
 fn each_chunk(
@@ -60,22 +61,22 @@ fn each_chunk(
 }
 
 /// The scalars of a torch step: computed in f64 and rounded where a tensor meets them.
-struct Torch {
-    decay: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    step_size: f32,
-    root_correction2: f32,
-    eps: f32,
-    grad_scale: f32,
+pub(crate) struct TorchCoefficients {
+    pub decay: f32,
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
+    pub step_size: f32,
+    pub root_correction2: f32,
+    pub eps: f32,
+    pub grad_scale: f32,
 }
 
-impl Torch {
-    fn new(h: &AdamWHyper) -> Self {
+impl TorchCoefficients {
+    pub fn new(h: &AdamWHyper) -> Self {
         let (lr, beta1, beta2) = (decimal(h.lr), decimal(h.beta1), decimal(h.beta2));
         let t = h.step.min(i32::MAX as u32) as i32;
-        Torch {
+        TorchCoefficients {
             decay: (1.0 - lr * decimal(h.weight_decay)) as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: h.beta2,
@@ -93,10 +94,10 @@ fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or_else(|_| f64::from(x))
 }
 
-widest! { fn torch_step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &Torch) = torch_body }
+widest! { fn torch_step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &TorchCoefficients) = torch_body }
 
 #[inline(always)]
-fn torch_body(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &Torch) {
+fn torch_body(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &TorchCoefficients) {
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * c.grad_scale;
         *m += c.one_minus_beta1 * (g - *m);
@@ -105,18 +106,14 @@ fn torch_body(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &Torch)
     }
 }
 
-widest! { fn bnb_step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], h: &AdamWHyper) = bnb_body }
+widest! { fn bnb_step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &BnbCoefficients) = bnb_body }
 
 #[inline(always)]
-fn bnb_body(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], h: &AdamWHyper) {
-    let (correction1, correction2) = h.bias_corrections();
-    let step_size = -h.lr * correction2 / correction1;
-    let eps = correction2 * h.eps;
-    let decay = 1.0 - h.lr * h.weight_decay;
+fn bnb_body(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &BnbCoefficients) {
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-        let g = g * h.grad_scale;
-        *m = *m * h.beta1 + (1.0 - h.beta1) * g;
-        *v = *v * h.beta2 + (1.0 - h.beta2) * g * g;
-        *p = (*p + step_size * (*m / (v.sqrt() + eps))) * decay;
+        let g = g * c.grad_scale;
+        *m = *m * c.beta1 + c.one_minus_beta1 * g;
+        *v = *v * c.beta2 + c.one_minus_beta2 * g * g;
+        *p = (*p + c.step_size * (*m / (v.sqrt() + c.eps))) * c.decay;
     }
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{AdamWHyper, CHUNK};
+use super::{AdamWHyper, BnbCoefficients, CHUNK};
 use crate::nf4::dynamic8::{Map, Tables};
 use crate::nf4::widest;
 
@@ -49,7 +49,7 @@ pub fn adamw_8bit(
         absmax1.len(),
         absmax2.len()
     );
-    let c = Coefficients::new(h);
+    let c = BnbCoefficients::new(h);
     let maps = (Map::Signed.tables(), Map::Unsigned.tables());
     const BLOCKS: usize = CHUNK / STATE_BLOCKSIZE;
     let pieces = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
@@ -64,38 +64,15 @@ pub fn adamw_8bit(
     });
 }
 
-struct Coefficients {
-    beta1: f32,
-    beta2: f32,
-    step_size: f32,
-    eps: f32,
-    decay: f32,
-    grad_scale: f32,
-}
-
-impl Coefficients {
-    fn new(h: &AdamWHyper) -> Self {
-        let (correction1, correction2) = h.bias_corrections();
-        Coefficients {
-            beta1: h.beta1,
-            beta2: h.beta2,
-            step_size: -h.lr * correction2 / correction1,
-            eps: correction2 * h.eps,
-            decay: 1.0 - h.lr * h.weight_decay,
-            grad_scale: h.grad_scale,
-        }
-    }
-}
-
 /// The codes of one block's moment, and its absmax.
 type Moment<'a> = (&'a mut [u8], &'a mut f32);
 
 widest! {
-    fn block(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Tables, &Tables), c: &Coefficients) = block_body
+    fn block(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Tables, &Tables), c: &BnbCoefficients) = block_body
 }
 
 #[inline(always)]
-fn block_body(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Tables, &Tables), c: &Coefficients) {
+fn block_body(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Tables, &Tables), c: &BnbCoefficients) {
     let ((s1, absmax1), (s2, absmax2)) = (m, v);
     let (mut m, mut v) = ([0f32; STATE_BLOCKSIZE], [0f32; STATE_BLOCKSIZE]);
     for i in 0..p.len() {
@@ -105,8 +82,8 @@ fn block_body(p: &mut [f32], g: &[f32], m: Moment<'_>, v: Moment<'_>, maps: (&Ta
     (*absmax1, *absmax2) = (0.0, 0.0);
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(&mut m).zip(&mut v) {
         let g = g * c.grad_scale;
-        *v = *v * c.beta2 + (1.0 - c.beta2) * g * g;
-        *m = *m * c.beta1 + (1.0 - c.beta1) * g;
+        *v = *v * c.beta2 + c.one_minus_beta2 * g * g;
+        *m = *m * c.beta1 + c.one_minus_beta1 * g;
         let new = (*p + c.step_size * (*m / (v.sqrt() + c.eps))) * c.decay;
         (*p, *m, *v) = if g.is_finite() { (new, *m, *v) } else { (*p, 0.0, 0.0) };
     }

@@ -11,6 +11,7 @@ mod adamw;
 mod adamw_8bit;
 mod norm;
 
+pub(crate) use adamw::TorchCoefficients;
 pub use adamw::{adamw, adamw_32bit_bnb};
 pub use adamw_8bit::{STATE_BLOCKSIZE, adamw_8bit};
 pub use norm::sum_of_squares;
@@ -58,6 +59,34 @@ impl AdamWHyper {
     fn bias_corrections(&self) -> (f32, f32) {
         let power = |beta: f32| f64::from(beta).powi(self.step.min(i32::MAX as u32) as i32) as f32;
         (1.0 - power(self.beta1), (1.0 - power(self.beta2)).sqrt())
+    }
+}
+
+/// The scalars of a bitsandbytes step: its kernels compute them in f32.
+pub(crate) struct BnbCoefficients {
+    pub beta1: f32,
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
+    pub step_size: f32,
+    pub eps: f32,
+    pub decay: f32,
+    pub grad_scale: f32,
+}
+
+impl BnbCoefficients {
+    pub fn new(h: &AdamWHyper) -> Self {
+        let (correction1, correction2) = h.bias_corrections();
+        BnbCoefficients {
+            beta1: h.beta1,
+            one_minus_beta1: 1.0 - h.beta1,
+            beta2: h.beta2,
+            one_minus_beta2: 1.0 - h.beta2,
+            step_size: -h.lr * correction2 / correction1,
+            eps: correction2 * h.eps,
+            decay: 1.0 - h.lr * h.weight_decay,
+            grad_scale: h.grad_scale,
+        }
     }
 }
 

@@ -12,17 +12,25 @@ use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CpuOps, StepState};
+use super::CpuOps;
+use crate::engine::backend::{Backend, StepState};
 use crate::engine::ops::{Op, Ops, TensorId};
 use crate::engine::optimizer::AdamWHyper;
 use crate::model::ModelSpec;
-use crate::plan::{Lifetime, Phase, Region, Space, Stage, of_ops};
+use crate::plan::{DeviceKind, Lifetime, Phase, Region, Space, Stage, of_ops};
 
 /// Tokens that the regions have room for beyond those of the batch.
 const SPARE: usize = 3;
 
 /// Token counts that are no multiple of any tile.
 const TOKENS: [usize; 4] = [1, 7, 65, 130];
+
+impl CpuOps {
+    fn read<T: bytemuck::Pod>(&self, id: TensorId) -> Vec<T> {
+        // SAFETY: copied at once.
+        unsafe { self.slice::<T>(id) }.to_vec()
+    }
+}
 
 fn state() -> StepState {
     StepState {
@@ -105,17 +113,17 @@ impl Bench {
     fn run(self, ops: &[Op]) -> CpuOps {
         let mut spec = ModelSpec::preset("mistral-7b-v0.1").unwrap();
         spec.rms_norm_eps = 1e-5;
-        let plan = of_ops(spec, self.regions, ops.to_vec());
+        let plan = of_ops(spec, self.regions, ops.to_vec(), DeviceKind::Cpu, DType::F32);
         let mut cpu = CpuOps::new(&plan, self.state).unwrap();
         for (i, bytes) in self.contents.iter().enumerate() {
-            let all = cpu.write_bytes(TensorId(i as u32));
+            let all = cpu.bytes_mut(TensorId(i as u32));
             all.fill(0xff);
             all[..bytes.len()].copy_from_slice(bytes);
         }
         cpu.tokens = self.tokens;
         cpu.cu_seqlens = self.cu_seqlens;
         for (op, &scratch) in ops.iter().zip(plan.scratch(Phase::MicroStep)) {
-            cpu.poison(&[], scratch);
+            cpu.poison(&[], scratch).unwrap();
             cpu.run(op, scratch).unwrap();
         }
         cpu

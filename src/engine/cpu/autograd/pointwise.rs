@@ -246,7 +246,7 @@ fn a_gradient_norm_that_is_not_finite_is_an_error() {
         let mut b = Bench::new(1);
         let (g, norm) = (b.weight(&[2], &[1.0, bad]), b.region(DType::F64, &[2], &[0f64; 2]));
         let mut cpu = b.run(&[]);
-        let error = cpu.grad_norm(&GradNorm { grads: vec![g], norm }).unwrap_err();
+        let error = cpu.grad_norm(&GradNorm { grads: vec![g], norm }, Scratch::default()).unwrap_err();
         assert!(error.to_string().contains("not finite"), "{error}");
     }
 }

@@ -1,0 +1,99 @@
+// Attention of new tokens over a cache of keys and values, for any head size up to 256, f32 or bf16.
+//
+// q, out [T, H, D]; k, v [T, K, D]; k_cache, v_cache [S, K, D]; positions [T] u32: where each token's key and value go. The
+// token at position p sees the cached keys 0 ..= p (with `window` > 0: p - window + 1 ..= p).
+//
+// cache_append: grid (ceil(K * D / 256), T), 256 threads; runs first, since tokens see each other.
+// cached_attention: grid (H, T), 256 threads; a block owns one token and head, its 8 warps every eighth 32 keys: first each
+// lane makes the score of one key, then each lane adds 1/32 of the columns of all. The warps' sums are joined in order.
+#include "common.cuh"
+
+#define WARPS 8
+#define MAX_DIM 256
+#define COLUMNS (MAX_DIM / WARP)
+
+extern "C" __global__ void __launch_bounds__(256) cache_append(
+    const elem* __restrict__ k, const elem* __restrict__ v, elem* __restrict__ k_cache, elem* __restrict__ v_cache,
+    const u32* __restrict__ positions, u32 width
+) {
+    const u32 column = blockIdx.x * 256 + threadIdx.x;
+    if (column >= width) return;
+    const i64 from = (i64)blockIdx.y * width + column, to = (i64)positions[blockIdx.y] * width + column;
+    k_cache[to] = k[from];
+    v_cache[to] = v[from];
+}
+
+// a (16-byte aligned, in shared memory) . b
+__device__ __forceinline__ float dot(const float* a, const elem* b, u32 dim) {
+    float sum = 0.0f;
+    if (dim % VEC == 0) {
+        for (u32 i = 0; i < dim; i += VEC) {
+            float x[VEC];
+            load_vec(b + i, x);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) sum += a[i + j] * x[j];
+        }
+    } else {
+        for (u32 i = 0; i < dim; i++) sum += a[i] * load(b + i);
+    }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1) cached_attention(
+    const elem* __restrict__ q, const elem* __restrict__ k_cache, const elem* __restrict__ v_cache,
+    elem* __restrict__ out, const u32* __restrict__ positions, u32 heads, u32 kv_heads, u32 dim, u32 window
+) {
+    __shared__ __align__(16) float q_row[MAX_DIM];
+    __shared__ float sums[WARPS][MAX_DIM], warp_tops[WARPS], warp_totals[WARPS];
+    const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 head = blockIdx.x, kv_head = head / (heads / kv_heads);
+    const i32 position = (i32)positions[blockIdx.y];
+    const i64 row = ((i64)blockIdx.y * heads + head) * dim, stride = (i64)kv_heads * dim;
+    k_cache += (i64)kv_head * dim;
+    v_cache += (i64)kv_head * dim;
+    if (threadIdx.x < dim) q_row[threadIdx.x] = load(q + row + threadIdx.x);
+    __syncthreads();
+
+    const float minus_infinity = __int_as_float(0xff800000);
+    const float scale = 1.0f / sqrtf((float)dim);
+    float acc[COLUMNS] = {};
+    float top = minus_infinity, total = 0.0f;
+    const i32 first = window ? max(position + 1 - (i32)window, 0) : 0;
+    for (i32 key = first + warp * WARP; key <= position; key += WARPS * WARP) {
+        const i32 count = min(position + 1 - key, WARP);
+        const float s = lane < count ? scale * dot(q_row, k_cache + (key + lane) * stride, dim) : minus_infinity;
+        const float largest = fmaxf(top, warp_max(s)), shrink = expf(top - largest), p = expf(s - largest);
+        top = largest;
+        total = total * shrink + warp_sum(p);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) acc[c] *= shrink;
+        for (i32 i = 0; i < count; i++) {
+            const float w = __shfl_sync(FULL_MASK, p, i);
+            const elem* v = v_cache + (key + i) * stride;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                if ((u32)lane + c * WARP < dim) acc[c] += w * load(v + lane + c * WARP);
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) sums[warp][lane + c * WARP] = acc[c];
+    if (lane == 0) {
+        warp_tops[warp] = top;
+        warp_totals[warp] = total;
+    }
+    __syncthreads();
+
+    // The first warp has at least one key, so the largest is finite; warps without any add nothing.
+    float largest = minus_infinity;
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, warp_tops[w]);
+    if (threadIdx.x < dim) {
+        float x = 0.0f, sum = 0.0f;
+        for (int w = 0; w < WARPS; w++) {
+            const float shrink = expf(warp_tops[w] - largest);
+            x += shrink * sums[w][threadIdx.x];
+            sum += shrink * warp_totals[w];
+        }
+        store(out + row + threadIdx.x, x / sum);
+    }
+}

@@ -1,0 +1,84 @@
+// What a linear module does beside its matrix products, element by element over n elements.
+//
+// cast_to_elem: y = x; x f32, y elem.
+// dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x).
+// dropout_add:  y += keep * x where the mask is set.
+// The mask of element i of the flat [T, in] is word i % 4 of Philox(i / 4, module, micro_step; seed) >= threshold, as in
+// src/engine/dropout.rs.
+// Grid: any number of blocks of 256 threads; each thread takes VEC elements at a time.
+#include "common.cuh"
+
+#define THREADS 256
+
+// Factors of the elements i .. i + VEC; i is a multiple of VEC.
+__device__ __forceinline__ void mask(float (&m)[VEC], u64 i, u32 threshold, float keep, u64 seed, u64 micro_step,
+                                     u32 module) {
+#pragma unroll
+    for (int j = 0; j < VEC; j += 4) {
+        Words r = philox((u32)(i / 4) + j / 4, module, (u32)micro_step, (u32)(micro_step >> 32), seed);
+#pragma unroll
+        for (int l = 0; l < 4; l++) m[j + l] = r.w[l] >= threshold ? keep : 0.0f;
+    }
+}
+
+// What is dropped is 0, also where x is not finite.
+__device__ __forceinline__ float masked(float x, float m) { return m == 0.0f ? 0.0f : x * m; }
+
+extern "C" __global__ void __launch_bounds__(THREADS) cast_to_elem(const float* x, elem* y, u64 n) {
+    u64 step = (u64)gridDim.x * THREADS * VEC;
+    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
+        if (i + VEC <= n) {
+            float v[VEC];
+#pragma unroll
+            for (int j = 0; j < VEC; j += 4) {
+                Words w = *(const Words*)(x + i + j);
+#pragma unroll
+                for (int l = 0; l < 4; l++) v[j + l] = __uint_as_float(w.w[l]);
+            }
+            store_vec(y + i, v);
+        } else {
+            for (u64 j = i; j < n; j++) store(y + j, x[j]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module) {
+    u64 step = (u64)gridDim.x * THREADS * VEC;
+    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
+        float m[VEC], v[VEC];
+        mask(m, i, threshold, keep, seed, micro_step, module);
+        if (i + VEC <= n) {
+            load_vec(x + i, v);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) v[j] = masked(v[j], m[j]);
+            store_vec(y + i, v);
+        } else {
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                if (i + j < n) store(y + i + j, masked(load(x + i + j), m[j]));
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+dropout_add(elem* y, const elem* x, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module) {
+    u64 step = (u64)gridDim.x * THREADS * VEC;
+    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
+        float m[VEC], v[VEC], sum[VEC];
+        mask(m, i, threshold, keep, seed, micro_step, module);
+        if (i + VEC <= n) {
+            load_vec(x + i, v);
+            load_vec(y + i, sum);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) sum[j] += masked(v[j], m[j]);
+            store_vec(y + i, sum);
+        } else {
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                if (i + j < n) store(y + i + j, load(y + i + j) + masked(load(x + i + j), m[j]));
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! kernels/cuda/*.cu to machine code for the card at hand, by NVRTC, kept on disk.
+
+use std::ffi::{CStr, CString};
+use std::path::PathBuf;
+
+use cudarc::nvrtc::{result, sys};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result, files};
+
+/// Changes what a kernel file is compiled into, beside its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    /// Compute capability, e.g. (9, 0).
+    pub capability: (u32, u32),
+    /// `elem` is float instead of bf16.
+    pub f32: bool,
+    /// Of the driver, as CUDA counts.
+    pub driver: i32,
+}
+
+/// What every kernel file includes.
+const COMMON: &str = include_str!("../../../kernels/cuda/common.cuh");
+
+/// Machine code of a kernel file: from the cache, or compiled and put there.
+///
+/// # Errors
+/// The compiler's log.
+pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8>> {
+    let source = source.replace("#include \"common.cuh\"", COMMON);
+    let options = options(target);
+    let version = nvrtc_version();
+    let key = format!("{:?} {version:?} {options:?} {}\0{source}", target.driver, env!("CARGO_PKG_VERSION"));
+    let hash: String = Sha256::digest(key.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
+    let cached = cache_dir().map(|dir| dir.join(format!("{name}-{}.cubin", &hash[..32])));
+    if let Some(code) = cached.as_ref().and_then(|path| std::fs::read(path).ok())
+        && !code.is_empty()
+    {
+        return Ok(code);
+    }
+    let code = nvrtc(name, &source, &options)?;
+    if let Some(path) = cached
+        && let Some(dir) = path.parent()
+        && files::create_dir_all(dir).is_ok()
+    {
+        // A cache that cannot be written costs time alone.
+        let _ = files::write_atomic_bytes(&path, &code);
+    }
+    Ok(code)
+}
+
+fn options(target: Target) -> Vec<String> {
+    let (major, minor) = target.capability;
+    let mut options = vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".into()];
+    if target.f32 {
+        options.push("--define-macro=ELEM_F32".into());
+    }
+    options
+}
+
+/// `$TUNEBOOK_KERNEL_CACHE`, else `$XDG_CACHE_HOME/tunebook/kernels`, else `~/.cache/tunebook/kernels`.
+fn cache_dir() -> Option<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("TUNEBOOK_KERNEL_CACHE").or_else(|| {
+        let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")))?;
+        Some(base.join("tunebook/kernels"))
+    })
+}
+
+fn nvrtc_version() -> (i32, i32) {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two integers; the library is there.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    (major, minor)
+}
+
+fn nvrtc(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>> {
+    let fail = |found: String| {
+        Error::new("a kernel does not compile")
+            .at(format!("kernels/cuda/{name}.cu"))
+            .expected(options.join(" "))
+            .found(found)
+            .next("NVRTC of CUDA 12.0 or later is needed, and one that knows this card")
+    };
+    let text = CString::new(source).map_err(|_| fail("a NUL byte in the source".into()))?;
+    let file = CString::new(format!("{name}.cu")).map_err(|_| fail("a NUL byte in the name".into()))?;
+    let program = result::create_program(&text, Some(&file)).map_err(|e| fail(e.to_string()))?;
+    // SAFETY: the program lives until it is destroyed below; buffers have the sizes that the library said.
+    let out = unsafe {
+        match result::compile_program(program, options) {
+            Err(e) => {
+                let log = result::get_program_log(program).unwrap_or_default();
+                let log: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+                let log = CStr::from_bytes_until_nul(&log).map(|c| c.to_string_lossy().into_owned());
+                Err(fail(format!("{e}\n{}", log.unwrap_or_default())))
+            }
+            Ok(()) => {
+                let mut size = 0;
+                let mut code = Vec::new();
+                let mut read = || {
+                    sys::nvrtcGetCUBINSize(program, &mut size).result()?;
+                    code = vec![0u8; size];
+                    sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result()
+                };
+                read().map_err(|e| fail(e.to_string())).map(|()| code)
+            }
+        }
+    };
+    // SAFETY: created above.
+    let _ = unsafe { result::destroy_program(program) };
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NVRTC needs no GPU: where the library is, every kernel compiles for every card that we name.
+    #[test]
+    fn every_kernel_compiles() {
+        // SAFETY: looks for a file.
+        if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
+            println!("skipped: no NVRTC on this machine");
+            return;
+        }
+        for capability in [(8, 0), (8, 6), (8, 9), (9, 0)] {
+            for f32 in [false, true] {
+                let target = Target { capability, f32, driver: 0 };
+                for (name, source) in super::super::gpu::KERNELS {
+                    let source = source.replace("#include \"common.cuh\"", COMMON);
+                    let code = nvrtc(name, &source, &options(target)).unwrap();
+                    assert!(code.starts_with(b"\x7fELF"), "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_compile_shows_the_log() {
+        // SAFETY: looks for a file.
+        if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
+            println!("skipped: no NVRTC on this machine");
+            return;
+        }
+        let target = Target { capability: (8, 0), f32: false, driver: 0 };
+        let e = nvrtc("broken", "extern \"C\" __global__ void k() { nothing; }", &options(target)).unwrap_err();
+        assert!(e.to_string().contains("broken.cu") && e.to_string().contains("nothing"), "{e}");
+    }
+}

@@ -1,0 +1,53 @@
+//! Element by element: casts and LoRA dropout. Addresses are device addresses.
+
+use super::CudaOps;
+use super::gpu::{Arg, Launch};
+use crate::Result;
+use crate::engine::ops::Lora;
+
+/// Blocks for each multiprocessor: enough to fill it, and each thread has several elements in long tensors.
+const BLOCKS: usize = 16;
+
+impl CudaOps {
+    /// `y = x`: x f32 `[n]`, y elem `[n]`.
+    pub(super) fn cast(&self, x: u64, y: u64, n: usize) -> Result<()> {
+        self.gpu.launch("linear", "cast_to_elem", self.elements(n), &[Arg::Ptr(x), Arg::Ptr(y), Arg::U64(n as u64)])
+    }
+
+    /// `y = dropout(x)`, elem `[n]`, with the module's mask of this micro-step; `y` may be `x`.
+    pub(super) fn dropout(&self, lora: &Lora, x: u64, y: u64, n: usize) -> Result<()> {
+        self.dropout_kernel("dropout", lora, [x, y], n)
+    }
+
+    /// `y += dropout(x)`, elem `[n]`, with the mask of [`CudaOps::dropout`].
+    pub(super) fn dropout_add(&self, lora: &Lora, y: u64, x: u64, n: usize) -> Result<()> {
+        self.dropout_kernel("dropout_add", lora, [y, x], n)
+    }
+
+    /// Whether the module's input is dropped now: in training, where it has dropout.
+    pub(super) fn drops(&self, lora: &Lora) -> bool {
+        self.state.training && lora.dropout > 0.0
+    }
+
+    fn dropout_kernel(&self, kernel: &'static str, lora: &Lora, [first, second]: [u64; 2], n: usize) -> Result<()> {
+        let args = [
+            Arg::Ptr(first),
+            Arg::Ptr(second),
+            Arg::U64(n as u64),
+            // As engine::dropout.
+            Arg::U32((f64::from(lora.dropout) * 4_294_967_296.0) as u32),
+            Arg::F32(1.0 / (1.0 - lora.dropout)),
+            Arg::U64(self.state.dropout_seed),
+            Arg::U64(self.state.micro_step),
+            Arg::U32(lora.module),
+        ];
+        self.gpu.launch("linear", kernel, self.elements(n), &args)
+    }
+
+    /// Blocks of 256 threads for a kernel whose threads take 16 bytes of `n` elements at a time, in steps of the grid.
+    pub(super) fn elements(&self, n: usize) -> Launch {
+        let per_block = 256 * if self.is_bf16() { 8 } else { 4 };
+        let blocks = n.div_ceil(per_block).clamp(1, self.gpu.sm_count as usize * BLOCKS);
+        Launch { grid: [blocks as u32, 1, 1], block: 256, shared: 0 }
+    }
+}

@@ -1,0 +1,332 @@
+//! The CUDA backend: one NVIDIA GPU, bf16 with f32 sums (f32 throughout for validation), one file per operation.
+//!
+//! Each operation launches the kernels of kernels/cuda/<same name>.cu, which NVRTC compiles for the card at hand when the
+//! backend is opened; matrix products go to cuBLASLt. Driver and libraries are looked for at run time. Everything lies in
+//! one allocation of [`MemoryPlan::arena_bytes`], and all work is done in order by one stream.
+
+mod add_rmsnorm;
+mod attention;
+mod bench;
+mod compile;
+mod detect;
+mod dropout;
+mod embedding;
+mod gpu;
+mod libraries;
+mod linear;
+mod lm_head;
+mod lm_head_rows;
+mod load;
+mod matmul;
+mod nf4;
+mod nvml;
+mod optimizer;
+mod rotary;
+pub(crate) mod scratch;
+mod swiglu;
+#[cfg(test)]
+mod tests;
+
+pub use bench::{Nf4Timing, bench_nf4};
+pub use gpu::{Arg, Ballast, Gpu, Launch, reserve_all_but};
+pub use libraries::check;
+
+use std::borrow::Cow;
+
+use candle_core::DType;
+
+use super::backend::{Backend, StepState, WeightSource};
+use super::layout::WeightSlot;
+use super::ops::*;
+use crate::data::Batch;
+use crate::plan::{MemoryPlan, Region, Space};
+use crate::{Error, Result};
+use matmul::{Matrix, Products};
+
+/// The name of the first visible card.
+///
+/// # Errors
+/// No driver, no card, libraries that are missing.
+pub fn device_name() -> Result<String> {
+    check()?;
+    let named = cudarc::driver::result::device::get(0).and_then(cudarc::driver::result::device::get_name);
+    named.map_err(|e| libraries::failed("cuDeviceGetName", e))
+}
+
+/// Whether a GPU can be used from this process.
+pub fn available() -> bool {
+    check().is_ok() && cudarc::driver::result::device::get_count().is_ok_and(|n| n > 0)
+}
+
+/// The arena on the card, the plan's map of it, and the state of the step.
+pub struct CudaOps {
+    plan: MemoryPlan,
+    products: Products,
+    arena: u64,
+    /// Pinned memory for what the plan keeps on the host.
+    host: *mut u8,
+    /// Compute dtype: bf16 or f32.
+    dtype: DType,
+    /// T of the batch at hand.
+    tokens: usize,
+    /// Where each example of the batch at hand starts.
+    cu_seqlens: Vec<u32>,
+    /// Which tokens of the batch at hand have a label.
+    labelled: Vec<u32>,
+    /// Positions of the first token, for the key-value cache.
+    first_position: u32,
+    batch: Option<Batch>,
+    logits: Vec<f32>,
+    /// Scalars of the step.
+    pub state: StepState,
+    /// The plain attention kernels instead of the tiled ones, for comparison.
+    pub(crate) plain_attention: bool,
+    // Last: dropped after what lives in its context.
+    gpu: Gpu,
+}
+
+// SAFETY: the pinned memory belongs to this value.
+unsafe impl Send for CudaOps {}
+
+impl CudaOps {
+    /// Opens the card and allocates the plan's arena on it, zeroed.
+    ///
+    /// # Errors
+    /// No card, no libraries, too little memory: each says what to install or change.
+    pub fn new(plan: &MemoryPlan, state: StepState) -> Result<Self> {
+        let dtype = plan.config().compute_dtype;
+        let gpu = Gpu::open(dtype == DType::F32)?;
+        let arena = gpu.allocate(plan.arena_bytes())?;
+        let host = gpu.allocate_host(plan.host_bytes()).inspect_err(|_| gpu.free(arena))?;
+        let workspace = plan.layout().workspace.map_or((0, 0), |id| {
+            let r = &plan.regions()[id.index()];
+            (arena + r.offset, r.bytes() as usize)
+        });
+        let products = Products::new(workspace).inspect_err(|_| gpu.free(arena))?;
+        Ok(CudaOps {
+            plan: plan.clone(),
+            products,
+            arena,
+            host,
+            dtype,
+            tokens: 0,
+            cu_seqlens: Vec::new(),
+            labelled: Vec::new(),
+            first_position: 0,
+            batch: None,
+            logits: Vec::new(),
+            state,
+            plain_attention: false,
+            gpu,
+        })
+    }
+
+    fn region(&self, id: TensorId) -> &Region {
+        &self.plan.regions()[id.index()]
+    }
+
+    /// The device address of a region; pinned memory has one too.
+    fn ptr(&self, id: TensorId) -> u64 {
+        let r = self.region(id);
+        match r.space {
+            Space::Device => self.arena + r.offset,
+            Space::Host => self.host as u64 + r.offset,
+        }
+    }
+
+    /// The device address of an operation's scratch.
+    fn at(&self, scratch: Scratch) -> u64 {
+        self.arena + scratch.offset
+    }
+
+    fn is_bf16(&self) -> bool {
+        self.dtype == DType::BF16
+    }
+
+    fn matmul(
+        &mut self,
+        c: Matrix,
+        a: Matrix,
+        b: Matrix,
+        shape: (usize, usize, usize),
+        alpha: f32,
+        beta: f32,
+    ) -> Result<()> {
+        self.products.matmul(&self.gpu, c, a, b, shape, alpha, beta)
+    }
+
+    /// The pinned bytes of a region on the host.
+    fn pinned(&self, id: TensorId) -> &[u8] {
+        let r = self.region(id);
+        // SAFETY: inside the pinned memory, by the plan; the stream has been waited for.
+        unsafe { std::slice::from_raw_parts(self.host.add(r.offset as usize), r.bytes() as usize) }
+    }
+}
+
+impl Drop for CudaOps {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            let _ = self.gpu.wait();
+            self.gpu.free_host(self.host);
+            self.gpu.free(self.arena);
+        }
+    }
+}
+
+impl Backend for CudaOps {
+    fn state(&mut self) -> &mut StepState {
+        &mut self.state
+    }
+
+    fn set_batch(&mut self, batch: Batch) {
+        self.batch = Some(batch);
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    fn read(&self, id: TensorId) -> Result<Cow<'_, [u8]>> {
+        if self.region(id).space == Space::Host {
+            self.gpu.bind()?;
+            self.gpu.wait()?;
+            return Ok(Cow::Borrowed(self.pinned(id)));
+        }
+        let mut out = vec![0u8; self.region(id).bytes() as usize];
+        self.gpu.read(self.ptr(id), &mut out)?;
+        Ok(Cow::Owned(out))
+    }
+
+    fn write(&mut self, id: TensorId, bytes: &[u8]) -> Result<()> {
+        self.gpu.bind()?;
+        if self.region(id).space == Space::Host {
+            self.gpu.wait()?;
+            // SAFETY: inside the pinned memory, by the plan; nothing else reads it now.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.ptr(id) as *mut u8, bytes.len()) };
+            return Ok(());
+        }
+        self.gpu.upload(self.ptr(id), bytes)
+    }
+
+    fn load(&mut self, slot: &WeightSlot, source: &mut WeightSource<'_>) -> Result<()> {
+        self.gpu.bind()?;
+        self.load_weight(slot, source)
+    }
+
+    fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
+        for &id in ids {
+            self.gpu.fill(self.ptr(id), 0xff, self.region(id).bytes())?;
+        }
+        self.gpu.fill(self.at(scratch), 0xff, scratch.bytes)
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.gpu.bind()
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.gpu.wait()
+    }
+
+    fn wants_rehearsal(&self) -> bool {
+        true
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        self.gpu.fill(self.arena, 0, self.plan.arena_bytes())?;
+        self.gpu.wait()?;
+        // SAFETY: the whole pinned memory; the stream has been waited for.
+        unsafe { std::ptr::write_bytes(self.host, 0, self.plan.host_bytes() as usize) };
+        Ok(())
+    }
+
+    fn process_bytes(&self) -> Option<u64> {
+        nvml::process_bytes(&self.gpu)
+    }
+
+    fn device_name(&self) -> String {
+        self.gpu.name.clone()
+    }
+}
+
+impl Ops for CudaOps {
+    fn load_batch(&mut self, op: &LoadBatch) -> Result<()> {
+        let batch = self.batch.take().ok_or_else(|| Error::new("no batch was given to the engine"))?;
+        self.tokens = batch.tokens();
+        self.cu_seqlens.clear();
+        self.cu_seqlens.extend_from_slice(&batch.cu_seqlens);
+        self.first_position = batch.positions.first().copied().unwrap_or(0);
+        lm_head::labelled_rows(&batch.labels, &mut self.labelled);
+        self.gpu.upload(self.ptr(op.tokens), bytemuck::cast_slice(&batch.input_ids))?;
+        self.gpu.upload(self.ptr(op.positions), bytemuck::cast_slice(&batch.positions))?;
+        self.gpu.upload(self.ptr(op.cu_seqlens), bytemuck::cast_slice(&batch.cu_seqlens))?;
+        match op.labels {
+            Some(labels) => self.gpu.upload(self.ptr(labels), bytemuck::cast_slice(&batch.labels)),
+            None => Ok(()),
+        }
+    }
+    fn embedding(&mut self, op: &Embedding) -> Result<()> {
+        self.embed(op)
+    }
+    fn embedding_backward(&mut self, op: &EmbeddingBackward) -> Result<()> {
+        self.embed_backward(op)
+    }
+    fn add_rmsnorm(&mut self, op: &AddRmsnorm) -> Result<()> {
+        self.add_norm(op)
+    }
+    fn rescale(&mut self, op: &Rescale) -> Result<()> {
+        self.norm_again(op)
+    }
+    fn rmsnorm_backward(&mut self, op: &RmsnormBackward, _: Scratch) -> Result<()> {
+        self.norm_backward(op)
+    }
+    fn linear(&mut self, op: &Linear, scratch: Scratch) -> Result<()> {
+        self.linear_forward(op, scratch)
+    }
+    fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
+        self.linear_grad(op, scratch)
+    }
+    fn rotary(&mut self, op: &Rotary) -> Result<()> {
+        self.rotate(op)
+    }
+    fn attention(&mut self, op: &Attention) -> Result<()> {
+        self.attend(op)
+    }
+    fn attention_backward(&mut self, op: &AttentionBackward, scratch: Scratch) -> Result<()> {
+        self.attend_backward(op, scratch)
+    }
+    fn cached_attention(&mut self, op: &CachedAttention) -> Result<()> {
+        self.attend_cached(op)
+    }
+    fn swiglu(&mut self, op: &Swiglu) -> Result<()> {
+        self.gate(op)
+    }
+    fn swiglu_backward(&mut self, op: &SwigluBackward) -> Result<()> {
+        self.gate_backward(op)
+    }
+    fn lm_head_ce(&mut self, op: &LmHeadCe, scratch: Scratch) -> Result<()> {
+        self.cross_entropy(op, scratch)
+    }
+    fn lm_head_logits(&mut self, op: &LmHeadLogits) -> Result<()> {
+        self.project_logits(op)
+    }
+    fn grad_norm(&mut self, op: &GradNorm, scratch: Scratch) -> Result<()> {
+        self.global_norm(op, scratch)
+    }
+    fn adamw(&mut self, op: &AdamW) -> Result<()> {
+        self.update(op)
+    }
+    fn page_in(&mut self, op: &PageIn) -> Result<()> {
+        // SAFETY of sizes: the window has the host region's shape.
+        self.gpu.copy(self.ptr(op.window), self.ptr(op.host), self.region(op.host).bytes())
+    }
+    fn page_out(&mut self, op: &PageOut) -> Result<()> {
+        self.gpu.copy(self.ptr(op.host), self.ptr(op.window), self.region(op.host).bytes())
+    }
+    fn zero(&mut self, op: &Zero) -> Result<()> {
+        for &id in &op.tensors {
+            self.gpu.fill(self.ptr(id), 0, self.region(id).bytes())?;
+        }
+        Ok(())
+    }
+}

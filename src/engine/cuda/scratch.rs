@@ -1,0 +1,94 @@
+//! Where the temporaries of an operation lie in its scratch: read by the plan for their size, by the launchers for their
+//! places. No GPU is needed.
+
+use crate::engine::ops::{LinearIds, LmHeadCe, Weight};
+
+/// What a matrix product wants its operands aligned to, in bytes.
+const ALIGN: usize = 256;
+
+/// Hands out places one after the other.
+#[derive(Default)]
+struct Carve(usize);
+
+impl Carve {
+    fn take(&mut self, bytes: usize) -> u64 {
+        let at = self.0;
+        self.0 += bytes.next_multiple_of(ALIGN);
+        at as u64
+    }
+}
+
+/// Byte offsets of a linear module's temporaries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinearScratch {
+    /// The dequantized weight, `[out, in]` in the compute dtype.
+    pub weight: u64,
+    /// A and B in the compute dtype, when that is not theirs.
+    pub a: u64,
+    pub b: u64,
+    /// Backward: `[T, R]`.
+    pub dxa: u64,
+    /// `[T, in]`: the input with dropout applied, or the gradient before it.
+    pub dropped: u64,
+    /// All bytes.
+    pub total: usize,
+}
+
+impl LinearScratch {
+    /// For `rows` tokens at capacity and a compute dtype of `elem` bytes; `product`: the base weight takes part.
+    pub fn new(linear: &LinearIds, rows: usize, elem: usize, product: bool, backward: bool) -> Self {
+        let mut carve = Carve::default();
+        let (n, k) = (linear.out_features, linear.in_features);
+        let four_bit = matches!(linear.weight, Weight::Nf4 { .. });
+        let weight = carve.take(if product && four_bit { n * k * elem } else { 0 });
+        let r = linear.lora.map_or(0, |l| l.r);
+        let cast = if elem == 2 { 2 } else { 0 };
+        let (a, b) = (carve.take(r * k * cast), carve.take(n * r * cast));
+        let dxa = carve.take(if backward { rows * r * elem } else { 0 });
+        let drops = linear.lora.is_some_and(|l| l.dropout > 0.0);
+        let dropped = carve.take(if drops { rows * k * elem } else { 0 });
+        LinearScratch { weight, a, b, dxa, dropped, total: carve.0 }
+    }
+}
+
+/// Byte offsets of the loss's temporaries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LmHeadScratch {
+    /// u32 `[T]`: the rows that have a label.
+    pub index: u64,
+    /// f64 `[chunk]`: the losses of a chunk.
+    pub losses: u64,
+    /// `[chunk, C]`: those rows.
+    pub gathered: u64,
+    /// `[chunk, C]`: their gradients.
+    pub dgathered: u64,
+    /// f32 `[chunk, V]`.
+    pub logits: u64,
+    /// `[chunk, V]` in the compute dtype: their gradient; in f32 the logits themselves.
+    pub dlogits: u64,
+    /// All bytes.
+    pub total: usize,
+}
+
+impl LmHeadScratch {
+    /// For `rows` tokens at capacity, hidden size `c`, vocabulary `v` and a compute dtype of `elem` bytes.
+    pub fn new(op: &LmHeadCe, rows: usize, c: usize, v: usize, elem: usize) -> Self {
+        let mut carve = Carve::default();
+        let trains = op.dx.is_some();
+        let index = carve.take(rows * 4);
+        let losses = carve.take(op.chunk * 8);
+        let gathered = carve.take(op.chunk * c * elem);
+        let dgathered = carve.take(if trains { op.chunk * c * elem } else { 0 });
+        let logits = carve.take(op.chunk * v * 4);
+        let dlogits = if trains && elem == 2 { carve.take(op.chunk * v * 2) } else { logits };
+        LmHeadScratch { index, losses, gathered, dgathered, logits, dlogits, total: carve.0 }
+    }
+}
+
+/// Blocks that sum the squares of one gradient, at most; a partial sum of each is f64.
+pub(crate) const NORM_BLOCKS: usize = 256;
+
+/// Bytes of the partial sums of `grads` gradients.
+pub(crate) fn grad_norm_bytes(grads: usize) -> usize {
+    grads * NORM_BLOCKS * size_of::<f64>()
+}

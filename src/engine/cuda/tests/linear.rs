@@ -1,0 +1,246 @@
+//! The plain computation in bf16 is PEFT's: the base product, both products of the adapter and the scaled result are each
+//! rounded, and so is the sum. A and B are cast to bf16, a 4-bit weight is dequantized to bf16.
+
+use super::*;
+use crate::engine::dropout::dropout;
+use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, NestedAbsmax, Weight};
+use crate::nf4::{Absmax, Nf4Config, QuantType, quantize_f32};
+
+const TOLERANCE: f64 = 1e-5;
+const SCALING: f32 = 1.75;
+const MODULE: u32 = 9;
+
+/// What a module is made of.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    out: usize,
+    k: usize,
+    quant: Option<Nf4Config>,
+    /// Rank; 0: no adapter.
+    r: usize,
+    dropout: f32,
+    accumulate: bool,
+    /// The weight is trained, its gradient f32 or elem.
+    trained: Option<DType>,
+    /// Whether the gradient of the input is wanted.
+    dx: bool,
+}
+
+impl Case {
+    fn new((out, k): (usize, usize)) -> Self {
+        Case { out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: None, dx: true }
+    }
+}
+
+/// The base weight in the bench, and its values in bf16.
+fn base(b: &mut Bench, case: &Case) -> (Weight, Vec<f32>) {
+    let (n, k) = (case.out, case.k);
+    let w = b.random(n * k);
+    let Some(config) = case.quant else { return (Weight::Dense { w: b.elems("weight", &[n, k], &w) }, w) };
+    let q = quantize_f32(&w, &[n, k], DType::F32, config).unwrap();
+    let packed = b.bytes("packed", DType::U8, &[q.packed.len()], &q.packed);
+    let (absmax, nested) = match &q.absmax {
+        Absmax::F32(values) => (b.f32s("absmax", &[values.len()], values), None),
+        Absmax::Nested { codes, absmax, offset, .. } => {
+            let nested = NestedAbsmax {
+                absmax: b.f32s("nested absmax", &[absmax.len()], absmax),
+                offset: b.f32s("offset", &[1], &[*offset]),
+            };
+            (b.bytes("absmax codes", DType::U8, &[codes.len()], codes), Some(nested))
+        }
+    };
+    (Weight::Nf4 { packed, absmax, nested, config }, rounded(&q.dequantize_f32().unwrap()))
+}
+
+fn scaled(x: &[f32], factor: f32) -> Vec<f32> {
+    x.iter().map(|x| x * factor).collect()
+}
+
+fn case(b: &mut Bench, case: Case) {
+    let (t, n, k, r) = (b.tokens, case.out, case.k, case.r);
+    b.part(format!("{case:?}"));
+    let drop = |b: &Bench, x: &[f32]| {
+        let mut x = x.to_vec();
+        if case.dropout > 0.0 && b.state.training {
+            dropout(&mut x, case.dropout, b.state.dropout_seed, b.state.micro_step, MODULE);
+        }
+        rounded(&x)
+    };
+    let (weight, w) = base(b, &case);
+    let (x, dy, before, dw_before) = (b.random(t * k), b.random(t * n), b.random(t * k), b.random(n * k));
+    let (a, bb, xa_kept) = (b.random(r * k), b.random(n * r), b.random(t * r));
+    let (da_before, db_before) = (b.random(r * k), b.random(n * r));
+    let grad = case.trained.map(|dtype| match dtype {
+        DType::F32 => b.f32s("grad", &[n, k], &dw_before),
+        _ => b.elems("grad in elem", &[n, k], &dw_before),
+    });
+    let lora = (r > 0).then(|| Lora {
+        a: b.f32s("A", &[r, k], &a),
+        b: b.f32s("B", &[n, r], &bb),
+        grads: Some((b.f32s("grad A", &[r, k], &da_before), b.f32s("grad B", &[n, r], &db_before))),
+        r,
+        scaling: SCALING,
+        dropout: case.dropout,
+        module: MODULE,
+    });
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad, lora };
+    let with_adapter = lora.is_some() && b.state.adapter;
+
+    // Forward.
+    let plain_xa = rounded(&product(&drop(b, &x), &transposed(&a, r, k), t, k, r));
+    let mut plain_y = rounded(&product(&x, &transposed(&w, n, k), t, k, n));
+    if with_adapter {
+        let through = rounded(&product(&plain_xa, &transposed(&bb, n, r), t, r, n));
+        plain_y = rounded(&plus(&plain_y, &rounded(&scaled(&through, SCALING))));
+    }
+    let (x_id, y) = (b.act("x", k, &x), b.out("y", n));
+    let (xa, xa_alone) = (lora.map(|_| b.out("xa", r)), lora.map(|_| b.out("xa alone", r)));
+    b.op(Op::Linear(Linear { linear, x: x_id, y: Some(y), xa }));
+    b.want(y, TOLERANCE, Plain::Values(plain_y));
+    if with_adapter {
+        b.op(Op::Linear(Linear { linear, x: x_id, y: None, xa: xa_alone }));
+        for xa in [xa, xa_alone].into_iter().flatten() {
+            b.want(xa, TOLERANCE, Plain::Values(plain_xa.clone()));
+        }
+    }
+
+    // Backward, from other numbers for xa.
+    let dy_id = b.act("dy", n, &dy);
+    let xa = lora.map(|_| b.act("xa kept", r, &xa_kept));
+    let dx = case.dx.then(|| if case.accumulate { b.act("dx", k, &before) } else { b.out("dx", k) });
+    let learns = lora.is_some() || grad.is_some();
+    let x_kept = learns.then_some(x_id);
+    b.op(Op::LinearBackward(LinearBackward { linear, x: x_kept, xa, dy: dy_id, dx, accumulate: case.accumulate }));
+    let scaled_dy = rounded(&scaled(&dy, SCALING));
+    let plain_dxa = rounded(&product(&scaled_dy, &bb, t, n, r));
+    if let Some(dx) = dx {
+        let mut plain = rounded(&product(&dy, &w, t, n, k));
+        if r > 0 {
+            let through = drop(b, &rounded(&product(&plain_dxa, &a, t, r, k)));
+            plain = rounded(&plus(&plain, &through));
+        }
+        if case.accumulate {
+            plain = rounded(&plus(&plain, &before));
+        }
+        b.want(dx, TOLERANCE, Plain::Values(plain));
+    }
+    if let Some(grad) = grad {
+        let dw = rounded(&product(&transposed(&dy, t, n), &x, n, t, k));
+        let sum = plus(&dw_before, &dw);
+        let sum = if case.trained == Some(DType::F32) { sum } else { rounded(&sum) };
+        b.want(grad, TOLERANCE, Plain::Values(sum));
+    }
+    if let Some((grad_a, grad_b)) = lora.and_then(|l| l.grads) {
+        let da = rounded(&product(&transposed(&plain_dxa, t, r), &drop(b, &x), r, t, k));
+        let db = rounded(&product(&transposed(&scaled_dy, t, n), &xa_kept, n, t, r));
+        b.want(grad_a, TOLERANCE, Plain::Values(plus(&da_before, &da)));
+        b.want(grad_b, TOLERANCE, Plain::Values(plus(&db_before, &db)));
+    }
+}
+
+/// Neither side is always a multiple of a tile, of a vector, or of a quantization block.
+const SHAPES: [(usize, usize); 5] = [(48, 72), (104, 48), (72, 104), (260, 100), (97, 33)];
+
+#[test]
+fn dense_frozen_and_trained() {
+    if !gpu() {
+        return;
+    }
+    for t in TOKENS {
+        let mut b = Bench::new(t);
+        for shape in SHAPES {
+            for accumulate in [false, true] {
+                for trained in [None, Some(DType::F32), Some(DType::BF16)] {
+                    case(&mut b, Case { accumulate, trained, ..Case::new(shape) });
+                }
+            }
+            case(&mut b, Case { trained: Some(DType::F32), dx: false, ..Case::new(shape) });
+        }
+        b.check();
+    }
+}
+
+#[test]
+fn lora_on_a_dense_base() {
+    if !gpu() {
+        return;
+    }
+    for t in TOKENS {
+        let mut b = Bench::new(t);
+        for shape in SHAPES {
+            for r in [1, 3, 8, 16] {
+                // One rounded number alone may be off by more than twice what another is.
+                if r * t == 1 {
+                    continue;
+                }
+                for accumulate in [false, true] {
+                    case(&mut b, Case { r, accumulate, ..Case::new(shape) });
+                }
+            }
+            case(&mut b, Case { r: 3, dx: false, ..Case::new(shape) });
+        }
+        b.check();
+    }
+}
+
+#[test]
+fn lora_on_a_4_bit_base() {
+    if !gpu() {
+        return;
+    }
+    let plain = Nf4Config { double_quant: false, ..Nf4Config::default() };
+    let fp4 = Nf4Config { quant_type: QuantType::Fp4, blocksize: 128, ..plain };
+    for t in TOKENS {
+        let mut b = Bench::new(t);
+        for shape in SHAPES {
+            for quant in [Nf4Config::default(), plain, fp4] {
+                for (r, accumulate, dx) in [(0, false, true), (3, true, true), (8, false, true), (16, false, false)] {
+                    case(&mut b, Case { quant: Some(quant), r, accumulate, dx, ..Case::new(shape) });
+                }
+            }
+        }
+        b.check();
+    }
+}
+
+#[test]
+fn lora_with_dropout() {
+    if !gpu() {
+        return;
+    }
+    for t in TOKENS {
+        for training in [true, false] {
+            let mut b = Bench::new(t);
+            b.state.training = training;
+            for shape in SHAPES {
+                for quant in [None, Some(Nf4Config::default())] {
+                    for accumulate in [false, true] {
+                        case(&mut b, Case { quant, r: 8, dropout: 0.3, accumulate, ..Case::new(shape) });
+                    }
+                }
+            }
+            b.check();
+        }
+    }
+}
+
+#[test]
+fn the_adapter_can_be_off() {
+    if !gpu() {
+        return;
+    }
+    let (t, n, k, r) = (65, 48, 72, 8);
+    let mut b = Bench::new(t);
+    b.state.adapter = false;
+    b.state.training = false;
+    let (x, w, a, bb) = (b.random(t * k), b.random(n * k), b.random(r * k), b.random(n * r));
+    let weight = Weight::Dense { w: b.elems("weight", &[n, k], &w) };
+    let (a, bb) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
+    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE });
+    let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), b.out("xa", r));
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, lora };
+    // xa is not written.
+    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa) }));
+    b.want(y, TOLERANCE, Plain::Rounded);
+    b.check();
+}
