@@ -187,3 +187,31 @@ __device__ __forceinline__ u32 dynamic_encode(const float* thresholds, float x) 
     for (u32 step = 128; step > 0; step >>= 1) code += x > thresholds[code + step - 1] ? step : 0;
     return code;
 }
+
+// The sixteen values: NF4, FP4. Bits, so that nothing depends on how a decimal is rounded.
+__constant__ u32 VALUES[2][16] = {
+    {0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000, 0x3da2faff,
+     0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000},
+    // 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the negative ones; number 8 is +0.
+    {0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000, 0x00000000,
+     0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000},
+};
+
+// y = x, this thread's part of n elements; both aligned to 16 bytes. All threads of the grid call it.
+__device__ __forceinline__ void cast_elements(const float* x, elem* y, u32 n) {
+    u32 step = gridDim.x * blockDim.x * VEC;
+    for (u32 i = (blockIdx.x * blockDim.x + threadIdx.x) * VEC; i < n; i += step) {
+        if (i + VEC <= n) {
+            float v[VEC];
+#pragma unroll
+            for (int j = 0; j < VEC; j += 4) {
+                Words w = *(const Words*)(x + i + j);
+#pragma unroll
+                for (int l = 0; l < 4; l++) v[j + l] = __uint_as_float(w.w[l]);
+            }
+            store_vec(y + i, v);
+        } else {
+            for (u32 j = i; j < n; j++) store(y + j, x[j]);
+        }
+    }
+}

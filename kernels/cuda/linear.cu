@@ -1,6 +1,6 @@
 // What a linear module does beside its matrix products, element by element over n elements.
 //
-// cast_to_elem: y = x; x f32, y elem.
+// cast_to_elem: y = x for two arrays; x f32, y elem.
 // dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x).
 // dropout_add:  y += keep * x where the mask is set.
 // The mask of element i of the flat [T, in] is word i % 4 of Philox(i / 4, module, micro_step; seed) >= threshold, as in
@@ -24,22 +24,10 @@ __device__ __forceinline__ void mask(float (&m)[VEC], u64 i, u32 threshold, floa
 // What is dropped is 0, also where x is not finite.
 __device__ __forceinline__ float masked(float x, float m) { return m == 0.0f ? 0.0f : x * m; }
 
-extern "C" __global__ void __launch_bounds__(THREADS) cast_to_elem(const float* x, elem* y, u64 n) {
-    u64 step = (u64)gridDim.x * THREADS * VEC;
-    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
-        if (i + VEC <= n) {
-            float v[VEC];
-#pragma unroll
-            for (int j = 0; j < VEC; j += 4) {
-                Words w = *(const Words*)(x + i + j);
-#pragma unroll
-                for (int l = 0; l < 4; l++) v[j + l] = __uint_as_float(w.w[l]);
-            }
-            store_vec(y + i, v);
-        } else {
-            for (u64 j = i; j < n; j++) store(y + j, x[j]);
-        }
-    }
+extern "C" __global__ void __launch_bounds__(THREADS)
+cast_to_elem(const float* x0, elem* y0, u32 n0, const float* x1, elem* y1, u32 n1) {
+    cast_elements(x0, y0, n0);
+    cast_elements(x1, y1, n1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

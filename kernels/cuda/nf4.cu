@@ -7,19 +7,11 @@
 // nf4_quantize_{f32,bf16,f16}: 256 threads, any grid; 8 elements a thread.
 // nf4_absmax_mean:             256 threads, at most MEAN_BLOCKS thread blocks.
 // nf4_absmax_nest:             256 threads per nested block, any grid.
-// nf4_dequantize[_nested]:     256 threads, any grid; `out` and `packed` aligned to 16 bytes; n below 2^34.
+// nf4_dequantize[_nested]:     256 threads, any grid; `out` and `packed` aligned to 16 bytes; n below 2^34. On the way two
+//                              f32 arrays are cast to elem (the adapter's A and B): a launch less for each.
 #include "common.cuh"
 
 #define FP4 1u
-
-// The sixteen values: NF4, FP4. Bits, so that nothing depends on how a decimal is rounded.
-__constant__ u32 VALUES[2][16] = {
-    {0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000, 0x3da2faff,
-     0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000},
-    // 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the negative ones; number 8 is +0.
-    {0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000, 0x00000000,
-     0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000},
-};
 
 // -------------------------------------------------------------------------------------------------------- quantize
 
@@ -435,19 +427,27 @@ __device__ __forceinline__ void dequantize(const u8* packed, Scale scale, u64 n,
     }
 }
 
-// out: elem [n]; blocksize = 2^block_shift; absmax: f32 [blocks].
+// out: elem [n]; blocksize = 2^block_shift; absmax: f32 [blocks]; y0 = x0 [n0], y1 = x1 [n1].
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const u8* packed, const float* absmax, u64 n,
-                                                                 u32 block_shift, u32 quant_type, elem* out) {
+                                                                 u32 block_shift, u32 quant_type, elem* out,
+                                                                 const float* x0, elem* y0, u32 n0, const float* x1,
+                                                                 elem* y1, u32 n1) {
     Plain scale = {absmax};
     dequantize(packed, scale, n, block_shift, quant_type, out);
+    cast_elements(x0, y0, n0);
+    cast_elements(x1, y1, n1);
 }
 
 // absmax' = map[codes[b]] * scales[b >> nested_shift] + offset[0].
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(const u8* packed, const u8* codes,
                                                                         const float* scales, const float* offset,
                                                                         u64 n, u32 block_shift, u32 nested_shift,
-                                                                        u32 quant_type, elem* out) {
+                                                                        u32 quant_type, elem* out, const float* x0,
+                                                                        elem* y0, u32 n0, const float* x1, elem* y1,
+                                                                        u32 n1) {
     __shared__ float map[256];
     Nested scale = {codes, scales, nested_shift, offset[0], map};
     dequantize(packed, scale, n, block_shift, quant_type, out);
+    cast_elements(x0, y0, n0);
+    cast_elements(x1, y1, n1);
 }

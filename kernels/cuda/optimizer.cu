@@ -4,10 +4,13 @@
 // with an f32 scale per 256. Every pointer is aligned to 16 bytes. `norm`: f64 [2], the second is the clip factor.
 // Names end in the dtypes of P, G and, for 32-bit state, of the moments, where these are not all f32.
 //
+// A launch takes many tensors: a table of them is its first argument (src/engine/cuda/optimizer.rs fills it).
+//
 // sum_of_squares_{f32,bf16}: 1024 threads, as many thread blocks as partial sums.
 // grad_norm_finish:          one thread block of 1024.
-// adamw*, adamw_32bit_bnb*:  256 threads, any grid; four elements at a time.
-// adamw_8bit*:               256 threads, any grid; a warp per 256 elements.
+// zero:                      256 threads, any grid.
+// adamw*, adamw_32bit_bnb*:  256 threads, any grid; units of 1024 elements.
+// adamw_8bit*:               256 threads, any grid; units of 2048 elements, a warp per 256.
 #include "common.cuh"
 
 // -------------------------------------------------------------------------------------------------- four at a time
@@ -58,16 +61,75 @@ __device__ __forceinline__ void store_some(T* p, const float (&v)[4], u32 count)
         if (i < count) store1(p + i, v[i]);
 }
 
+// ---------------------------------------------------------------------------------------------------------- tables
+
+#define MANY_ARRAYS 128
+#define MANY_UPDATES 48
+
+// Arrays, and the number of the first thread block or unit of work of each.
+struct Arrays {
+    void* start[MANY_ARRAYS];
+    u64 n[MANY_ARRAYS];
+    u32 first[MANY_ARRAYS];
+    u32 count, units;
+};
+
+// One parameter [n] with its gradient and state; see ADAMW and ADAMW_8BIT.
+struct Update {
+    void *p, *copy, *g, *s1, *s2, *absmax1, *absmax2;
+    u64 n;
+    float decay;
+    u32 pad;
+};
+struct Updates {
+    Update items[MANY_UPDATES];
+    u32 first[MANY_UPDATES];
+    u32 count, units;
+};
+
+// The last one that does not start after `unit`.
+__device__ __forceinline__ u32 find(const u32* first, u32 count, u32 unit) {
+    u32 low = 0;
+    while (count > 1) {
+        u32 half = count / 2;
+        if (first[low + half] <= unit) low += half;
+        count -= half;
+    }
+    return low;
+}
+
+// Bytes to zero; addresses are aligned to 16, units are of 16 KiB.
+extern "C" __global__ void __launch_bounds__(256) zero(const __grid_constant__ Arrays arrays) {
+    const u32 unit_bytes = 1 << 14;
+    for (u32 unit = blockIdx.x; unit < arrays.units; unit += gridDim.x) {
+        u32 i = find(arrays.first, arrays.count, unit);
+        u8* start = (u8*)arrays.start[i];
+        u64 from = (u64)(unit - arrays.first[i]) * unit_bytes, end = arrays.n[i];
+        if (end > from + unit_bytes) end = from + unit_bytes;
+        for (u64 at = from + threadIdx.x * 16; at < end; at += 256 * 16) {
+            if (at + 16 <= end) {
+                Words nothing = {{0, 0, 0, 0}};
+                *(Words*)(start + at) = nothing;
+            } else {
+                for (u64 b = at; b < end; b++) start[b] = 0;
+            }
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------ norm
 
-// partials[block] = its share of the sum of squares of g [n]. A square of an f32 is exact in f64; the order of the sums
-// depends on n and the grid alone.
+// partials[block] = its share of the sum of squares of its array. A square of an f32 is exact in f64; the order of the
+// sums depends on the array's size and its number of blocks alone.
 template <typename T>
-__device__ __forceinline__ void sum_of_squares(const T* g, u64 n, double* partials) {
+__device__ __forceinline__ void sum_of_squares(const Arrays& arrays, double* partials) {
     __shared__ double shared[32];
+    u32 a = find(arrays.first, arrays.count, blockIdx.x);
+    u32 first = arrays.first[a], blocks = (a + 1 < arrays.count ? arrays.first[a + 1] : gridDim.x) - first;
+    const T* g = (const T*)arrays.start[a];
+    u64 n = arrays.n[a], stride = (u64)blocks * 1024 * 4;
     double sums[4] = {0.0, 0.0, 0.0, 0.0};
-    u64 stride = (u64)gridDim.x * 1024 * 4;
-    for (u64 e = ((u64)blockIdx.x * 1024 + threadIdx.x) * 4; e < n; e += stride) {
+    for (u64 e = ((u64)(blockIdx.x - first) * 1024 + threadIdx.x) * 4; e < n; e += stride) {
         float v[4];
         load_some(g + e, v, n - e < 4 ? (u32)(n - e) : 4);
 #pragma unroll
@@ -77,11 +139,13 @@ __device__ __forceinline__ void sum_of_squares(const T* g, u64 n, double* partia
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_f32(const float* g, u64 n, double* partials) {
-    sum_of_squares(g, n, partials);
+extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_f32(const __grid_constant__ Arrays arrays,
+                                                                      double* partials) {
+    sum_of_squares<float>(arrays, partials);
 }
-extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_bf16(const u16* g, u64 n, double* partials) {
-    sum_of_squares(g, n, partials);
+extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_bf16(const __grid_constant__ Arrays arrays,
+                                                                       double* partials) {
+    sum_of_squares<u16>(arrays, partials);
 }
 
 // norm[0] = root of the sum of partials [count]; norm[1] = the factor that brings it to `limit` (0: no limit), as
@@ -137,41 +201,45 @@ struct Bnb {
 };
 
 template <typename P, typename G, typename S, typename Rule>
-__device__ __forceinline__ void adamw_elements(P* p, u16* copy, const G* g, S* m, S* v, u64 n, const double* norm,
-                                               const Rule& rule) {
+__device__ __forceinline__ void adamw_elements(const Updates& updates, const double* norm, Rule rule) {
     float scale = __double2float_rn(norm[1]);
-    u64 stride = (u64)gridDim.x * 256 * 4;
-    for (u64 e = ((u64)blockIdx.x * 256 + threadIdx.x) * 4; e < n; e += stride) {
-        u32 count = n - e < 4 ? (u32)(n - e) : 4;
+    for (u32 unit = blockIdx.x; unit < updates.units; unit += gridDim.x) {
+        u32 item = find(updates.first, updates.count, unit);
+        const Update& u = updates.items[item];
+        rule.decay = u.decay;
+        u64 e = (u64)(unit - updates.first[item]) * 1024 + threadIdx.x * 4;
+        if (e >= u.n) continue;
+        u32 count = u.n - e < 4 ? (u32)(u.n - e) : 4;
+        P* p = (P*)u.p + e;
+        S *m = (S*)u.s1 + e, *v = (S*)u.s2 + e;
         float pv[4], gv[4], mv[4], vv[4];
-        load_some(p + e, pv, count);
-        load_some(g + e, gv, count);
-        load_some(m + e, mv, count);
-        load_some(v + e, vv, count);
+        load_some(p, pv, count);
+        load_some((const G*)u.g + e, gv, count);
+        load_some(m, mv, count);
+        load_some(v, vv, count);
 #pragma unroll
         for (int i = 0; i < 4; i++) rule.step(pv[i], __fmul_rn(gv[i], scale), mv[i], vv[i]);
-        store_some(p + e, pv, count);
-        store_some(m + e, mv, count);
-        store_some(v + e, vv, count);
-        if (copy) store_some(copy + e, pv, count);
+        store_some(p, pv, count);
+        store_some(m, mv, count);
+        store_some(v, vv, count);
+        if (u.copy) store_some((u16*)u.copy + e, pv, count);
     }
 }
 
-// p, g, m (exp_avg), v (exp_avg_sq): [n]; copy: bf16 [n], p rounded, or null.
-#define ADAMW(NAME, P, G, S)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                              \
-        adamw##NAME(P* p, u16* copy, const G* g, S* m, S* v, u64 n, const double* norm, float decay,               \
-                    float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,                    \
-                    float root_correction2, float eps) {                                                           \
-        Torch rule = {decay, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction2, eps};           \
-        adamw_elements(p, copy, g, m, v, n, norm, rule);                                                           \
-    }                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                                              \
-        adamw_32bit_bnb##NAME(P* p, u16* copy, const G* g, S* m, S* v, u64 n, const double* norm, float beta1,     \
-                              float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,          \
-                              float eps, float decay) {                                                            \
-        Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, decay};                        \
-        adamw_elements(p, copy, g, m, v, n, norm, rule);                                                           \
+// p, g, s1 (exp_avg), s2 (exp_avg_sq): [n]; copy: bf16 [n], p rounded, or null.
+#define ADAMW(NAME, P, G, S)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256)                                                           \
+        adamw##NAME(const __grid_constant__ Updates updates, const double* norm, float one_minus_beta1,         \
+                    float beta2, float one_minus_beta2, float step_size, float root_correction2, float eps) {   \
+        Torch rule = {1.0f, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction2, eps};         \
+        adamw_elements<P, G, S>(updates, norm, rule);                                                           \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                           \
+        adamw_32bit_bnb##NAME(const __grid_constant__ Updates updates, const double* norm, float beta1,         \
+                              float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,       \
+                              float eps) {                                                                      \
+        Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, 1.0f};                      \
+        adamw_elements<P, G, S>(updates, norm, rule);                                                           \
     }
 ADAMW(, float, float, float)
 ADAMW(_f32_bf16_f32, float, u16, float)
@@ -218,14 +286,22 @@ struct Maps {
 };
 
 template <typename P, typename G>
-__device__ __forceinline__ void adamw_blocks(P* p, u16* copy, const G* g, u8* s1, float* absmax1, u8* s2,
-                                             float* absmax2, u64 n, const double* norm, const Bnb& rule) {
+__device__ __forceinline__ void adamw_blocks(const Updates& updates, const double* norm, Bnb rule) {
     __shared__ Maps maps;
     maps.fill();
     float scale = __double2float_rn(norm[1]);
     u32 lane = threadIdx.x % WARP;
-    u64 blocks = (n + STATE_BLOCKSIZE - 1) / STATE_BLOCKSIZE;
-    for (u64 b = (u64)blockIdx.x * 8 + threadIdx.x / WARP; b < blocks; b += (u64)gridDim.x * 8) {
+    for (u32 unit = blockIdx.x; unit < updates.units; unit += gridDim.x) {
+        u32 item = find(updates.first, updates.count, unit);
+        const Update& u = updates.items[item];
+        P* p = (P*)u.p;
+        u16* copy = (u16*)u.copy;
+        const G* g = (const G*)u.g;
+        u8 *s1 = (u8*)u.s1, *s2 = (u8*)u.s2;
+        float *absmax1 = (float*)u.absmax1, *absmax2 = (float*)u.absmax2;
+        u64 n = u.n, b = (u64)(unit - updates.first[item]) * 8 + threadIdx.x / WARP;
+        rule.decay = u.decay;
+        if (b * STATE_BLOCKSIZE >= n) continue;
         // Each lane has two times four elements, 128 apart.
         u64 at[2];
         u32 count[2], codes1[2], codes2[2];
@@ -291,13 +367,13 @@ __device__ __forceinline__ void adamw_blocks(P* p, u16* copy, const G* g, u8* s1
 
 // p, g: [n]; copy: bf16 [n], p rounded, or null; s1, s2: u8 [n], codes of the signed and the unsigned map; absmax1,
 // absmax2: f32 [ceil(n / 256)].
-#define ADAMW_8BIT(NAME, P, G)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256)                                                               \
-        adamw_8bit##NAME(P* p, u16* copy, const G* g, u8* s1, float* absmax1, u8* s2, float* absmax2, u64 n,        \
-                         const double* norm, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2, \
-                         float step_size, float eps, float decay) {                                                 \
-        Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, decay};                         \
-        adamw_blocks(p, copy, g, s1, absmax1, s2, absmax2, n, norm, rule);                                          \
+#define ADAMW_8BIT(NAME, P, G)                                                                                \
+    extern "C" __global__ void __launch_bounds__(256)                                                         \
+        adamw_8bit##NAME(const __grid_constant__ Updates updates, const double* norm, float beta1,            \
+                         float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,          \
+                         float eps) {                                                                         \
+        Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, 1.0f};                    \
+        adamw_blocks<P, G>(updates, norm, rule);                                                              \
     }
 ADAMW_8BIT(, float, float)
 ADAMW_8BIT(_f32_bf16, float, u16)

@@ -92,7 +92,7 @@ pub trait Backend: Ops + Send {
     ///
     /// # Errors
     /// What the device reports, of any operation since the last wait.
-    fn wait(&self) -> Result<()> {
+    fn wait(&mut self) -> Result<()> {
         Ok(())
     }
 

@@ -155,7 +155,11 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
         adapters: BTreeMap::new(),
     };
     let (v, c) = (spec.vocab_size, spec.hidden_size);
-    let embedding = b.dense("model.embed_tokens.weight", &[v, c], true);
+    let embedding = if cfg.host_embeddings {
+        b.on_host("model.embed_tokens.weight", &[v, c])
+    } else {
+        b.dense("model.embed_tokens.weight", &[v, c], true)
+    };
     let linears = spec.linears();
     let mut layers = Vec::with_capacity(spec.num_hidden_layers);
     for (l, modules) in linears.chunks_exact(7).enumerate() {
@@ -206,6 +210,15 @@ impl Builder<'_> {
         }
         self.weights.push(slot);
         NormIds { weight, grad }
+    }
+
+    /// A frozen dense weight in host memory.
+    fn on_host(&mut self, name: &str, shape: &[usize]) -> NormIds {
+        let weight = self.regions.host(name, Stage::Weights, self.cfg.compute_dtype, shape);
+        let slot =
+            WeightSlot { name: name.into(), shape: shape.into(), weight: Weight::Dense { w: weight }, master: None };
+        self.weights.push(slot);
+        NormIds { weight, grad: None }
     }
 
     /// A linear module of a decoder layer, with its adapter if it is a target.

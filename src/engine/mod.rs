@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::data::{Batch, IGNORE_INDEX};
-use crate::plan::{DeviceKind, Lifetime, MemoryPlan, Phase};
+use crate::plan::{DeviceKind, Lifetime, MemoryPlan, Phase, Region, Stage};
 use crate::{Error, Result};
 use backend::{Backend, StepState};
 use cpu::CpuOps;
@@ -346,11 +346,14 @@ impl Engine {
     }
 }
 
-/// The regions whose life ends with operation `i`.
+/// The regions whose life ends with operation `i`. A cache lives on from one run of its phase to the next.
 fn dead_after(plan: &MemoryPlan, phase: Phase, i: u32) -> Vec<TensorId> {
-    let ends = |lifetime: Lifetime| matches!(lifetime, Lifetime::Within { phase: p, last, first } if p == phase && last == i && first <= last);
+    let ends = |r: &Region| {
+        let Lifetime::Within { phase: p, first, last } = r.lifetime else { return false };
+        p == phase && last == i && first <= last && r.stage != Stage::KvCache
+    };
     let regions = plan.regions().iter().enumerate();
-    regions.filter(|(_, r)| ends(r.lifetime)).map(|(n, _)| TensorId(n as u32)).collect()
+    regions.filter(|(_, r)| ends(r)).map(|(n, _)| TensorId(n as u32)).collect()
 }
 
 impl std::fmt::Debug for Engine {

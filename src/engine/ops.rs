@@ -424,6 +424,40 @@ pub struct PageOut {
     pub host: TensorId,
 }
 
+/// Starts to copy a tensor to the host, beside what follows; it stays as it is until [`Transferred`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offload {
+    /// In the arena.
+    pub device: TensorId,
+    /// On the host, of the same shape.
+    pub host: TensorId,
+}
+
+/// Starts to copy it back, beside what follows; it is there after [`Transferred`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fetch {
+    /// On the host.
+    pub host: TensorId,
+    /// In the arena.
+    pub device: TensorId,
+}
+
+/// What follows waits for the copy of a tensor that [`Offload`] or [`Fetch`] started.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Transferred {
+    /// In the arena.
+    pub device: TensorId,
+}
+
+/// A 4-bit weight in the compute dtype, for several products.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dequantize {
+    /// In 4 bits.
+    pub weight: Weight,
+    /// `[out, in]`.
+    pub out: TensorId,
+}
+
 /// Sets accumulated gradients to zero.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Zero {
@@ -455,6 +489,10 @@ pub enum Op {
     AdamW(AdamW),
     PageIn(PageIn),
     PageOut(PageOut),
+    Offload(Offload),
+    Fetch(Fetch),
+    Transferred(Transferred),
+    Dequantize(Dequantize),
     Zero(Zero),
 }
 
@@ -483,6 +521,10 @@ pub trait Ops {
     fn adamw(&mut self, op: &AdamW) -> Result<()>;
     fn page_in(&mut self, op: &PageIn) -> Result<()>;
     fn page_out(&mut self, op: &PageOut) -> Result<()>;
+    fn offload(&mut self, op: &Offload) -> Result<()>;
+    fn fetch(&mut self, op: &Fetch) -> Result<()>;
+    fn transferred(&mut self, op: &Transferred) -> Result<()>;
+    fn dequantize(&mut self, op: &Dequantize) -> Result<()>;
     fn zero(&mut self, op: &Zero) -> Result<()>;
 
     /// Executes one operation.
@@ -511,6 +553,10 @@ pub trait Ops {
             Op::AdamW(op) => self.adamw(op),
             Op::PageIn(op) => self.page_in(op),
             Op::PageOut(op) => self.page_out(op),
+            Op::Offload(op) => self.offload(op),
+            Op::Fetch(op) => self.fetch(op),
+            Op::Transferred(op) => self.transferred(op),
+            Op::Dequantize(op) => self.dequantize(op),
             Op::Zero(op) => self.zero(op),
         }
     }
@@ -549,6 +595,10 @@ impl Op {
             Op::AdamW(_) => "adamw",
             Op::PageIn(_) => "page_in",
             Op::PageOut(_) => "page_out",
+            Op::Offload(_) => "offload",
+            Op::Fetch(_) => "fetch",
+            Op::Transferred(_) => "transferred",
+            Op::Dequantize(_) => "dequantize",
             Op::Zero(_) => "zero",
         }
     }

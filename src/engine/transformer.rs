@@ -86,6 +86,10 @@ struct Pass<'a> {
     ids: BatchIds,
     /// In generation: the caches of each layer.
     caches: Vec<(TensorId, TensorId)>,
+    /// The modules of the layer that is recomputed now, with the weights that are decoded for it and its backward pass.
+    decoded: Option<(usize, [LinearIds; 7])>,
+    /// Where the inputs of recomputed layers wait on the host.
+    offloaded: Vec<TensorId>,
 }
 
 #[derive(Clone, Copy)]
@@ -190,7 +194,8 @@ impl<'a> Pass<'a> {
             dim: spec.head_dim,
             window: spec.sliding_window,
         };
-        Pass { spec, cfg, layout, regions, phase, tokens, heads, ops: Vec::new(), ids, caches: Vec::new() }
+        let (ops, caches, offloaded) = (Vec::new(), Vec::new(), Vec::new());
+        Pass { spec, cfg, layout, regions, phase, tokens, heads, ops, ids, caches, decoded: None, offloaded }
     }
 
     /// An activation `[T, width]` in the compute dtype.
@@ -243,9 +248,33 @@ impl<'a> Pass<'a> {
         (out, rstd)
     }
 
+    /// The modules of layer `l`.
+    fn linears(&self, l: usize) -> [LinearIds; 7] {
+        match self.decoded {
+            Some((of, linears)) if of == l => linears,
+            _ => self.layout.layers[l].linears,
+        }
+    }
+
+    /// Decodes the 4-bit weights that both the recomputation and the backward pass of layer `l` read.
+    fn decode(&mut self, l: usize) {
+        let mut linears = self.layout.layers[l].linears;
+        // Not the last: its product is not recomputed.
+        for (m, linear) in linears.iter_mut().enumerate().take(DOWN) {
+            if matches!(linear.weight, Weight::Nf4 { .. }) {
+                let shape = [linear.out_features, linear.in_features];
+                let name = format!("layer {l} weight {m} decoded");
+                let out = self.regions.within(self.phase, &name, Stage::Scratch, self.cfg.compute_dtype, &shape);
+                self.push(Op::Dequantize(Dequantize { weight: linear.weight, out }));
+                linear.weight = Weight::Dense { w: out };
+            }
+        }
+        self.decoded = Some((l, linears));
+    }
+
     /// A linear module of layer `l`; `(y, xa)`.
     fn linear(&mut self, l: usize, m: usize, x: TensorId, at: &str) -> (TensorId, Option<TensorId>) {
-        let linear = self.layout.layers[l].linears[m];
+        let linear = self.linears(l)[m];
         let y = self.act(at, Stage::Activations, linear.out_features);
         let xa = self.lora_a(&linear, at);
         self.push(Op::Linear(Linear { linear, x, y: Some(y), xa }));
@@ -271,6 +300,10 @@ impl<'a> Pass<'a> {
         let ids = self.layout.layers[l].clone();
         let (n1, input_rstd) = self.add_norm(residual, delta, ids.input_norm, &at("attention"));
         let input = delta.map_or(residual, |d| d.1);
+        let offloads = last && l < self.offloaded.len();
+        if offloads {
+            self.push(Op::Offload(Offload { device: input, host: self.offloaded[l] }));
+        }
         let mut xa = [None; 7];
         let (q, k, v);
         (q, xa[Q]) = self.linear(l, Q, n1, &at("q"));
@@ -299,6 +332,9 @@ impl<'a> Pass<'a> {
                 self.push(Op::Linear(Linear { linear, x: h, y: None, xa: xa[DOWN] }));
             }
         }
+        if offloads {
+            self.push(Op::Transferred(Transferred { device: input }));
+        }
         let acts = LayerActs { input, input_rstd, q, k, v, o, lse, middle, middle_rstd, gate, up, xa, swiglu };
         (acts, down)
     }
@@ -325,7 +361,9 @@ impl<'a> Pass<'a> {
 
     /// All layers, and the last norm: what each layer kept, the final stream, its norm and rstd.
     fn forward(&mut self, recomputed: usize) -> (Vec<LayerActs>, TensorId, TensorId, TensorId) {
-        let stage = |l: usize| if l < recomputed { Stage::Checkpoints } else { Stage::Activations };
+        // On the host, a layer's input is an activation like any other here.
+        let kept = recomputed > 0 && self.offloaded.is_empty();
+        let stage = |l: usize| if kept && l < recomputed { Stage::Checkpoints } else { Stage::Activations };
         let mut residual = self.embed(stage(0));
         let mut delta = None;
         let mut all = Vec::with_capacity(self.spec.num_hidden_layers);
@@ -347,6 +385,13 @@ impl<'a> Pass<'a> {
 
     fn micro_step(mut self) -> Vec<Op> {
         let recomputed = self.cfg.checkpointing.recomputed(self.spec.num_hidden_layers);
+        if self.cfg.host_checkpoints {
+            let (dtype, shape) = (self.cfg.compute_dtype, [self.tokens, self.hidden()]);
+            for l in 0..recomputed {
+                let host = self.regions.host(&format!("layer {l} input"), Stage::Checkpoints, dtype, &shape);
+                self.offloaded.push(host);
+            }
+        }
         let (acts, last, normed, rstd) = self.forward(recomputed);
         let dnormed = self.act("final normed gradient", Stage::ActivationGradients, self.hidden());
         self.loss(normed, Some(dnormed));
@@ -361,11 +406,24 @@ impl<'a> Pass<'a> {
             accumulate: false,
             grad,
         }));
+        let mut fetched = None;
         for l in (0..self.spec.num_hidden_layers).rev() {
             if !self.trained_before(l, 4) {
                 break;
             }
-            let acts = if l < recomputed { self.layer(l, acts[l].input, None, false).0 } else { acts[l] };
+            // The input of the layer before this one comes back while this one computes.
+            let next = if l < recomputed { self.arrived(l, &mut fetched) } else { None };
+            if l > 0 && l <= recomputed {
+                fetched = self.fetch(l - 1);
+            }
+            let acts = if l < recomputed {
+                if self.cfg.keep_dequantized {
+                    self.decode(l);
+                }
+                self.layer(l, next.unwrap_or(acts[l].input), None, false).0
+            } else {
+                acts[l]
+            };
             self.layer_backward(l, &acts, dres);
         }
         if let Some(grad) = self.layout.embedding.grad {
@@ -373,6 +431,21 @@ impl<'a> Pass<'a> {
             self.push(Op::EmbeddingBackward(EmbeddingBackward { tokens, dout: dres, grad }));
         }
         self.ops
+    }
+
+    /// Starts to bring the input of layer `l` back from the host, where it is there.
+    fn fetch(&mut self, l: usize) -> Option<TensorId> {
+        let host = *self.offloaded.get(l)?;
+        let device = self.act(&format!("layer {l} input again"), Stage::Checkpoints, self.hidden());
+        self.push(Op::Fetch(Fetch { host, device }));
+        Some(device)
+    }
+
+    /// Waits for the input of layer `l`.
+    fn arrived(&mut self, l: usize, fetched: &mut Option<TensorId>) -> Option<TensorId> {
+        let device = fetched.take().or_else(|| self.fetch(l))?;
+        self.push(Op::Transferred(Transferred { device }));
+        Some(device)
     }
 
     /// Whether anything is trained before step `group` of layer `l`; the steps are q k v, o, gate up, down.
@@ -389,7 +462,7 @@ impl<'a> Pass<'a> {
     /// From the gradient of the layer's output (in `dres`) to that of its input (in `dres` again).
     fn layer_backward(&mut self, l: usize, a: &LayerActs, dres: TensorId) {
         let ids = self.layout.layers[l].clone();
-        let [_, _, _, o, gate, up, down] = ids.linears;
+        let [_, _, _, o, gate, up, down] = self.linears(l);
         let mlp_reads_norm = self.learns(&gate) || self.learns(&up);
         // MLP
         let h = match a.swiglu {
@@ -425,11 +498,12 @@ impl<'a> Pass<'a> {
 
     fn qkv_backward(&mut self, l: usize, a: &LayerActs, dy: [TensorId; 3], dres: TensorId) {
         let ids = self.layout.layers[l].clone();
-        let learns = ids.linears[..3].iter().any(|m| self.learns(m));
+        let linears = self.linears(l);
+        let learns = linears[..3].iter().any(|m| self.learns(m));
         let n1 = self.renorm(l, "attention", a.input, a.input_rstd, ids.input_norm, learns);
         let dn1 = self.grad_act(l, "attention normed", self.hidden(), self.trained_before(l, 0));
         for m in [Q, K, V] {
-            self.linear_backward(ids.linears[m], n1, a.xa[m], dy[m], dn1, m != Q);
+            self.linear_backward(linears[m], n1, a.xa[m], dy[m], dn1, m != Q);
         }
         if let Some(dn1) = dn1 {
             self.norm_backward(dn1, a.input, a.input_rstd, ids.input_norm, dres);

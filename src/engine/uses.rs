@@ -1,6 +1,6 @@
 //! Which tensors an operation touches: what the plan's lifetimes are read from.
 
-use super::ops::{LinearIds, Moments, Op, TensorId, Weight};
+use super::ops::{Moments, Op, TensorId, Weight};
 
 impl Op {
     /// Every tensor that the operation reads or writes, in no particular order.
@@ -29,7 +29,7 @@ impl Op {
                 add(o.y.as_slice());
                 add(o.xa.as_slice());
                 if o.y.is_some() {
-                    add(&weight_tensors(&o.linear));
+                    add(&weight_tensors(o.linear.weight));
                 }
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
@@ -41,7 +41,7 @@ impl Op {
                     add(id.as_slice());
                 }
                 if o.dx.is_some() {
-                    add(&weight_tensors(&o.linear));
+                    add(&weight_tensors(o.linear.weight));
                 }
                 add(o.linear.grad.as_slice());
                 if let Some(lora) = &o.linear.lora {
@@ -81,6 +81,13 @@ impl Op {
             }
             Op::PageIn(o) => add(&[o.host, o.window]),
             Op::PageOut(o) => add(&[o.host, o.window]),
+            Op::Offload(o) => add(&[o.host, o.device]),
+            Op::Fetch(o) => add(&[o.host, o.device]),
+            Op::Transferred(o) => add(&[o.device]),
+            Op::Dequantize(o) => {
+                add(&weight_tensors(o.weight));
+                add(&[o.out]);
+            }
             Op::Zero(o) => add(&o.tensors),
         }
         ids
@@ -88,8 +95,8 @@ impl Op {
 }
 
 /// The tensors that hold a linear module's base weight.
-pub fn weight_tensors(linear: &LinearIds) -> Vec<TensorId> {
-    match linear.weight {
+pub fn weight_tensors(weight: Weight) -> Vec<TensorId> {
+    match weight {
         Weight::Dense { w } => vec![w],
         Weight::Nf4 { packed, absmax, nested, .. } => {
             let mut ids = vec![packed, absmax];

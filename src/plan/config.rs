@@ -124,6 +124,16 @@ pub struct PlanConfig {
     pub compute_dtype: DType,
     /// Rows of logits that the loss holds at a time.
     pub ce_chunk: usize,
+    /// The embedding table stays in pinned host memory, from which a GPU reads the rows that it needs.
+    #[serde(default)]
+    pub host_embeddings: bool,
+    /// The inputs of recomputed layers wait in pinned host memory, copied beside the computation.
+    #[serde(default)]
+    pub host_checkpoints: bool,
+    /// A recomputed layer's 4-bit weights are decoded once for the recomputation and the backward pass: faster, and one
+    /// layer's weights in the compute dtype more memory.
+    #[serde(default)]
+    pub keep_dequantized: bool,
     /// Positions of the KV cache; `None`: what fits into the space that training needs anyway, at least 256.
     pub max_context: Option<usize>,
 }
@@ -173,6 +183,12 @@ impl PlanConfig {
         }
         if self.method == Method::FullPureBf16 && self.compute_dtype != DType::BF16 {
             return bad("compute_dtype", "bf16 for pure bf16 training", format!("{:?}", self.compute_dtype));
+        }
+        if self.host_embeddings && spec.tie_word_embeddings {
+            return bad("host_embeddings", "an embedding table apart from lm_head", "tied embeddings".into());
+        }
+        if self.host_embeddings && self.method.is_full() {
+            return bad("host_embeddings", "a frozen embedding table", self.method.label().into());
         }
         if let Some(lora) = &self.lora {
             lora.validate()?;

@@ -1,6 +1,7 @@
 //! A plan against a card: does it fit, what would make it fit, and which plan uses the card best.
 
-use super::{Checkpointing, Gpu, MemoryPlan, PlanBuilder, PlanConfig};
+use super::{Checkpointing, DeviceKind, Gpu, MemoryPlan, PlanBuilder, PlanConfig};
+use crate::model::ModelSpec;
 use crate::train::Optim;
 use crate::{Error, Result};
 
@@ -75,7 +76,7 @@ impl MemoryPlan {
         if !fit.fits() {
             fit.changes = self.changes(&fit.gpu)?;
             if fit.changes.is_empty() {
-                let smallest = smallest(self.config());
+                let smallest = smallest(self.spec(), self.config());
                 fit.smallest_bytes = Some(self.with(smallest)?.process_bytes(&fit.gpu));
             }
         }
@@ -164,6 +165,19 @@ fn candidates(plan: &MemoryPlan, gpu: &Gpu) -> Vec<Candidate> {
         );
         add(&format!(".checkpointing({what})"), &cost, Box::new(recompute));
     }
+    if config.device == DeviceKind::Cuda {
+        if !plan.spec().tie_word_embeddings && !config.method.is_full() {
+            add(
+                ".host_embeddings(true)",
+                "one row over the bus for each token",
+                Box::new(|c| c.host_embeddings = true),
+            );
+        }
+        if trains {
+            let offload = |c: &mut PlanConfig| c.host_checkpoints = true;
+            add(".host_checkpoints(true)", "transfers beside the computation", Box::new(offload));
+        }
+    }
     let mut batch = config.micro_batch_size / 2;
     while batch >= 1 {
         let times = config.micro_batch_size / batch;
@@ -209,9 +223,13 @@ fn layers_recomputed(n: usize, layers: usize) -> Checkpointing {
     }
 }
 
-/// One sequence, everything recomputed and paged.
-fn smallest(config: &PlanConfig) -> PlanConfig {
+/// One sequence, everything recomputed, paged and kept on the host that can be.
+fn smallest(spec: &ModelSpec, config: &PlanConfig) -> PlanConfig {
     let mut c = config.clone();
+    let gpu = c.device == DeviceKind::Cuda;
+    c.host_embeddings = gpu && !spec.tie_word_embeddings && !c.method.is_full();
+    c.host_checkpoints = gpu;
+    c.keep_dequantized = false;
     c.micro_batch_size = 1;
     c.checkpointing = Checkpointing::All;
     c.ce_chunk = c.ce_chunk.min(256);
@@ -236,7 +254,7 @@ impl PlanBuilder {
         let n = fewest_recomputed(&asked, &best, &gpu);
         best.checkpointing = layers_recomputed(n, layers);
         if !fits(&best) {
-            let needed = asked.with(smallest(&best))?.process_bytes(&gpu);
+            let needed = asked.with(smallest(asked.spec(), &best))?.process_bytes(&gpu);
             return Err(Error::new("no plan for this model fits on this card")
                 .at(gpu.name.clone())
                 .expected(format!("at most {} bytes", gpu.total_bytes))
@@ -259,6 +277,13 @@ impl PlanBuilder {
                 best.micro_batch_size
             )
         });
+        if best.checkpointing != Checkpointing::None && best.quantization.is_some() && best.device == DeviceKind::Cuda {
+            best.keep_dequantized = true;
+            best.keep_dequantized = fits(&best);
+            if best.keep_dequantized {
+                reasons.push("a recomputed layer's weights are decoded once, not twice: there is room".into());
+            }
+        }
         if config.optim.is_paged() {
             best.resident_state = true;
             best.resident_state = fits(&best);

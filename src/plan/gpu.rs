@@ -66,7 +66,7 @@ const CARDS: &[(&str, u64, (u32, u32))] = &[
 ];
 
 /// Cards on which the context was measured: name, MiB (see kernels/cuda/NOTES.md).
-const MEASURED: &[(&str, u64)] = &[("h200", 522)];
+const MEASURED: &[(&str, u64)] = &[("h100", 526), ("h200", 526)];
 
 /// Other spellings of one card.
 const ALIASES: &[(&str, &str)] = &[

@@ -1,6 +1,8 @@
 //! The whole engine on a GPU: against the golden runs, against the CPU, against itself. Without a GPU nothing is tested
 //! here, and each test says so.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use candle_core::DType;
 use tunebook::data::Batch;
 use tunebook::engine::Engine;
@@ -18,13 +20,16 @@ use crate::oracle::{RandomModel, Reference, adapter, dataset};
 use crate::support::golden;
 use crate::trajectory;
 
-/// Whether there is a GPU; says so when there is none.
-fn gpu() -> bool {
-    let found = cuda::check();
-    if let Err(e) = &found {
-        println!("skipped: {}", e.what());
+/// The GPU, for one test at a time: some look at what the process holds. Says so when there is none.
+fn gpu() -> Option<MutexGuard<'static, ()>> {
+    static ONE: Mutex<()> = Mutex::new(());
+    match cuda::check() {
+        Ok(()) => Some(ONE.lock().unwrap_or_else(PoisonError::into_inner)),
+        Err(e) => {
+            println!("skipped: {}", e.what());
+            None
+        }
     }
-    found.is_ok()
 }
 
 fn model(head_dim: usize) -> RandomModel {
@@ -72,8 +77,16 @@ fn steps(model: &RandomModel, plan: PlanBuilder, lora: Option<&LoraConfig>) -> T
     }
     let loss = engine.evaluate(Batch::new(&ds, &[0, 2])).unwrap();
     out.push(("evaluation".into(), loss.sum.to_le_bytes().to_vec()));
+    // The last token by itself: other kernels, over a cache of all before it, give what the whole pass gives.
+    let ids = ds.get(0).input_ids.clone();
     engine.reset();
-    let logits = engine.forward(&ds.get(0).input_ids).unwrap();
+    engine.forward(&ids[..ids.len() - 1]).unwrap();
+    let logits = engine.forward(&ids[ids.len() - 1..]).unwrap();
+    let whole = engine.logits(Batch::new(&ds, &[0])).unwrap();
+    let (of_cache, of_pass) =
+        (bytemuck::cast_slice(&logits), bytemuck::cast_slice(&whole[whole.len() - logits.len()..]));
+    let apart = distance(of_cache, of_pass);
+    assert!(apart < 3e-2, "decoding: {apart:e}");
     out.push(("logits".into(), bytemuck::cast_slice(&logits).to_vec()));
     out
 }
@@ -103,10 +116,8 @@ fn plans(spec: &ModelSpec) -> Vec<(&'static str, PlanBuilder, Option<LoraConfig>
 
 #[test]
 fn the_same_bits_twice_and_with_any_layer_recomputed() {
-    if !gpu() {
-        return;
-    }
-    for head_dim in [64, 40] {
+    let Some(_gpu) = gpu() else { return };
+    for head_dim in [64, 40, 128] {
         let model = model(head_dim);
         for (name, plan, lora) in plans(model.spec()) {
             let all = plan.clone().checkpointing(Checkpointing::All);
@@ -115,6 +126,16 @@ fn the_same_bits_twice_and_with_any_layer_recomputed() {
             for layers in [0, 2] {
                 let some = plan.clone().checkpointing(Checkpointing::Layers(layers));
                 same(&format!("{name}, {layers} recomputed"), &first, &steps(&model, some, lora.as_ref()));
+            }
+            // Where things lie, and when weights are decoded, changes no bit.
+            for layers in [2, 3] {
+                let hosted = plan.clone().checkpointing(Checkpointing::Layers(layers)).keep_dequantized(true);
+                let hosted = hosted.host_checkpoints(true).host_embeddings(lora.is_some());
+                same(
+                    &format!("{name}, {layers} recomputed, on the host"),
+                    &first,
+                    &steps(&model, hosted, lora.as_ref()),
+                );
             }
         }
         let pure = MemoryPlan::full(model.spec()).pure_bf16();
@@ -138,10 +159,8 @@ fn distance(a: &[u8], b: &[u8]) -> f64 {
 /// f32 on the GPU is the CPU's arithmetic in another order; bf16 stays near.
 #[test]
 fn steps_agree_with_the_cpu() {
-    if !gpu() {
-        return;
-    }
-    for head_dim in [64, 40] {
+    let Some(_gpu) = gpu() else { return };
+    for head_dim in [64, 40, 128] {
         let model = model(head_dim);
         for (name, plan, lora) in plans(model.spec()) {
             let cpu = steps(&model, plan.clone().cpu(), lora.as_ref());
@@ -157,7 +176,7 @@ fn steps_agree_with_the_cpu() {
                     assert!(rounded < 0.2, "{name}: {what} in bf16: {rounded:e}");
                 } else if what.starts_with("loss") || what == "evaluation" || what == "logits" {
                     assert!(distance(f32, expected) < 2e-2, "{name}: {what} in f32: {:e}", distance(f32, expected));
-                    assert!(distance(bf16, expected) < 6e-2, "{name}: {what} in bf16: {:e}", distance(bf16, expected));
+                    assert!(distance(bf16, expected) < 0.12, "{name}: {what} in bf16: {:e}", distance(bf16, expected));
                 }
             }
         }
@@ -167,10 +186,8 @@ fn steps_agree_with_the_cpu() {
 /// Every gradient in bf16 is at most twice as far from the exact one as the plain computation in bf16 is.
 #[test]
 fn gradients_in_bf16_are_as_good_as_bf16_allows() {
-    if !gpu() {
-        return;
-    }
-    for head_dim in [64, 40] {
+    let Some(_gpu) = gpu() else { return };
+    for head_dim in [64, 40, 128] {
         let model = model(head_dim);
         let ds = dataset(model.spec(), &[130, 7, 64, 90], 22);
         let lora = LoraConfig { r: 8, ..LoraConfig::default() };
@@ -213,14 +230,14 @@ fn gradients_in_bf16_are_as_good_as_bf16_allows() {
 
 #[test]
 fn trajectories_of_the_trainer_in_f32() {
-    if gpu() {
+    if let Some(_gpu) = gpu() {
         trajectory::follow_all(DeviceKind::Cuda, DType::F32);
     }
 }
 
 #[test]
 fn trajectories_of_the_trainer_in_bf16() {
-    if gpu() {
+    if let Some(_gpu) = gpu() {
         trajectory::follow_all(DeviceKind::Cuda, DType::BF16);
     }
 }
@@ -228,9 +245,7 @@ fn trajectories_of_the_trainer_in_bf16() {
 /// A run that stops and is resumed ends as one that never stopped, bit for bit.
 #[test]
 fn stop_and_resume() {
-    if !gpu() {
-        return;
-    }
+    let Some(_gpu) = gpu() else { return };
     let base = || Base::from_dir(golden("tiny/tiny-mistral/base")).unwrap();
     let plan = |optim| {
         let plan = MemoryPlan::qlora(base().spec()).r(8).lora_dropout(0.1).batch(2).seq(48).optim(optim);
@@ -270,9 +285,7 @@ fn stop_and_resume() {
 /// A step, wherever it runs, leaves the memory of the process as the engine's creation left it.
 #[test]
 fn nothing_is_allocated_after_the_start() {
-    if !gpu() {
-        return;
-    }
+    let Some(_gpu) = gpu() else { return };
     let model = model(64);
     let ds = dataset(model.spec(), &[130, 7, 200, 64, 90, 300, 1, 31], 22);
     let plan = MemoryPlan::qlora(model.spec()).r(8).batch(2).seq(300).optim(Optim::AdamW8bit).build().unwrap();

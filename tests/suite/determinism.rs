@@ -6,7 +6,7 @@ use tunebook::engine::optimizer::AdamWHyper;
 use tunebook::generate::Decoder;
 use tunebook::lora::LoraConfig;
 use tunebook::model::ModelSpec;
-use tunebook::plan::{MemoryPlan, PlanBuilder};
+use tunebook::plan::{Checkpointing, MemoryPlan, PlanBuilder};
 use tunebook::train::Optim;
 
 use crate::oracle::{RandomModel, adapter, dataset};
@@ -84,4 +84,45 @@ fn any_number_of_threads_gives_the_same_bits() {
     same_bits(&model, qlora.optim(Optim::PagedAdamW8bit), Some(&lora));
     same_bits(&model, MemoryPlan::full(model.spec()).optim(Optim::AdamW8bit), None);
     same_bits(&model, MemoryPlan::full(model.spec()), None);
+}
+
+/// Layer inputs and embeddings on the host, weights decoded once: other places and other operations, the same numbers.
+#[test]
+fn where_tensors_lie_changes_no_bit() {
+    let model = model();
+    let lora = LoraConfig { r: 8, lora_dropout: 0.1, ..LoraConfig::default() };
+    let plain = MemoryPlan::qlora(model.spec()).adapter(lora.clone());
+    let expected = steps(&model, plain.clone(), Some(&lora), 2);
+    for layers in [Checkpointing::All, Checkpointing::Layers(1), Checkpointing::None] {
+        let moved = plain.clone().checkpointing(layers).host_checkpoints(true).host_embeddings(true);
+        for plan in [moved.clone(), moved.keep_dequantized(true)] {
+            let found = steps(&model, plan, Some(&lora), 2);
+            for ((name, a), (_, b)) in expected.iter().zip(&found) {
+                assert!(a == b, "{name} has other bits with {layers}");
+            }
+        }
+    }
+}
+
+/// What lies on the host is not in the arena.
+#[test]
+fn the_host_takes_from_the_arena() {
+    let spec = ModelSpec::preset("mistral-7b-v0.1").unwrap();
+    let plan = || MemoryPlan::qlora(&spec).r(16).optim(Optim::PagedAdamW8bit);
+    let bytes = |plan: PlanBuilder| {
+        let plan = plan.build().unwrap();
+        (plan.arena_bytes() as i64, plan.host_bytes() as i64)
+    };
+    let (arena, host) = bytes(plan());
+    let (less, more) = bytes(plan().host_embeddings(true));
+    let table = 32_000 * 4096 * 2;
+    assert_eq!((arena - less, more - host), (table, table));
+    let (less, more) = bytes(plan().host_checkpoints(true));
+    let input = 512 * 4096 * 2;
+    assert_eq!(more - host, 32 * input);
+    // One input is on its way out, or one is used while the next arrives.
+    assert!((30 * input..=31 * input).contains(&(arena - less)), "{} inputs", (arena - less) as f64 / input as f64);
+    let tied = ModelSpec::preset("llama-3.2-1b").unwrap();
+    let error = MemoryPlan::qlora(&tied).host_embeddings(true).build().unwrap_err().to_string();
+    assert!(error.contains("tied"), "{error}");
 }

@@ -1,8 +1,10 @@
 //! What the engine refuses, and that it says so before anything is computed.
 
+use candle_core::DType;
 use tunebook::Result;
 use tunebook::data::{Batch, IGNORE_INDEX};
 use tunebook::engine::Engine;
+use tunebook::engine::cuda;
 use tunebook::engine::optimizer::AdamWHyper;
 use tunebook::generate::Decoder;
 use tunebook::lora::{Adapter, LoraConfig};
@@ -144,7 +146,12 @@ fn adapters_that_are_not_the_plans() {
 fn plans_for_other_devices() {
     let spec = RandomModel::new(&mistral(1, None), 34).spec().clone();
     let plan = MemoryPlan::qlora(&spec).seq(20).build().unwrap();
-    refused(Engine::new(&plan), &["f32", "BF16", ".cpu()"]);
+    match cuda::check() {
+        Ok(()) => drop(Engine::new(&plan).unwrap()),
+        // Which file lacks, and the way without a GPU.
+        Err(e) => refused(Engine::new(&plan), &[e.what(), "at:", ".cpu()"]),
+    }
+    refused(MemoryPlan::qlora(&spec).cpu().compute_dtype(DType::BF16).build(), &["compute_dtype", "f32 on the CPU"]);
     let mut wide = mistral(1, None);
     wide["head_dim"] = 258.into();
     let spec = ModelSpec::from_json("wide", &wide.to_string()).unwrap();

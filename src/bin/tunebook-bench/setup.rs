@@ -47,6 +47,9 @@ fn plan_options() -> Vec<Opt> {
         opt("checkpointing", "all|none|N", "recomputed layers (all)"),
         opt("optimizer", "NAME", "adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit (adamw)"),
         switch("resident-state", "a paged optimizer keeps its state on the device"),
+        switch("host-embeddings", "the embedding table stays in host memory"),
+        switch("host-checkpoints", "inputs of recomputed layers wait in host memory"),
+        switch("keep-dequantized", "a recomputed layer's weights are decoded once"),
         opt("ce-chunk", "N", "rows of logits that the loss holds at a time (256)"),
     ]
 }
@@ -169,6 +172,9 @@ impl Setup {
             .checkpointing(checkpointing(args)?)
             .optim(args.or("optimizer", Optim::AdamW)?)
             .resident_state(args.has("resident-state"))
+            .host_embeddings(args.has("host-embeddings"))
+            .host_checkpoints(args.has("host-checkpoints"))
+            .keep_dequantized(args.has("keep-dequantized"))
             .ce_chunk(args.at_least_one("ce-chunk", 256)?);
         if args.has("base") {
             if method != Method::Inference {
@@ -238,6 +244,9 @@ pub fn asked(plan: &MemoryPlan, weights: &str, seed: u64) -> Map<String, Value> 
         },
         "optimizer": c.optim.name(),
         "resident_state": c.resident_state,
+        "host_embeddings": c.host_embeddings,
+        "host_checkpoints": c.host_checkpoints,
+        "keep_dequantized": c.keep_dequantized,
         "ce_chunk": c.ce_chunk,
         "seed": seed,
     }))

@@ -103,23 +103,29 @@ impl CpuOps {
         match m.weight {
             // SAFETY: weights are only read.
             Weight::Dense { w } => unsafe { self.slice::<f32>(w) },
-            Weight::Nf4 { packed, absmax, nested, config } => {
+            Weight::Nf4 { .. } => {
                 let out = &mut space[..m.out_features * m.in_features];
-                // SAFETY: weights are only read.
-                unsafe {
-                    let scales = match nested {
-                        None => AbsmaxRef::F32(self.slice::<f32>(absmax)),
-                        Some(n) => AbsmaxRef::Nested {
-                            codes: self.slice::<u8>(absmax),
-                            absmax: self.slice::<f32>(n.absmax),
-                            offset: self.slice::<f32>(n.offset)[0],
-                            blocksize: config.nested_blocksize,
-                        },
-                    };
-                    dequantize_into(self.slice::<u8>(packed), scales, config.quant_type, config.blocksize, out);
-                }
+                self.decode(m.weight, out);
                 out
             }
+        }
+    }
+
+    /// A 4-bit weight as f32.
+    pub(super) fn decode(&self, weight: Weight, out: &mut [f32]) {
+        let Weight::Nf4 { packed, absmax, nested, config } = weight else { return };
+        // SAFETY: weights are only read.
+        unsafe {
+            let scales = match nested {
+                None => AbsmaxRef::F32(self.slice::<f32>(absmax)),
+                Some(n) => AbsmaxRef::Nested {
+                    codes: self.slice::<u8>(absmax),
+                    absmax: self.slice::<f32>(n.absmax),
+                    offset: self.slice::<f32>(n.offset)[0],
+                    blocksize: config.nested_blocksize,
+                },
+            };
+            dequantize_into(self.slice::<u8>(packed), scales, config.quant_type, config.blocksize, out);
         }
     }
 }

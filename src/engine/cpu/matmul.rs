@@ -2,23 +2,29 @@
 
 use rayon::prelude::*;
 
+fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Columns of the result in a tile: register tiles of the `gemm` crate's kernel, one of 64 with AVX-512 or two of 24 with
 /// AVX2. With more it may copy both operands instead of one; these are as fast.
 fn tile_cols() -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
-        return 64;
-    }
-    48
+    if has_avx512() { 64 } else { 48 }
 }
 
-/// The longest stretch of a product's inner dimension that the `gemm` crate takes at a time.
-const DEPTH: usize = 512;
+/// The longest stretch of a product's inner dimension that is taken at a time.
+fn depth() -> usize {
+    if has_avx512() { 512 } else { 256 }
+}
 
-/// Bytes that one thread allocates at most while it computes a tile: the operand that `gemm` copies in order.
+/// Bytes that one thread allocates at most while it computes a tile: the operands that `gemm` copies in order. With AVX-512
+/// that is one; elsewhere the sizes of the caches decide, and it may be both, rows in register tiles of 24.
 pub(crate) fn tile_bytes() -> usize {
-    let copied = if cfg!(target_arch = "x86_64") { tile_cols() } else { tile_cols() + TILE_ROWS };
-    copied * DEPTH * size_of::<f32>()
+    let rows = if has_avx512() { 0 } else { TILE_ROWS.next_multiple_of(24) };
+    (tile_cols() + rows) * depth() * size_of::<f32>()
 }
 
 /// Rows of the result in a tile.
@@ -115,28 +121,33 @@ pub(crate) unsafe fn tile_product(
     scale: f32,
     accumulate: bool,
 ) {
-    // SAFETY: the caller's contract is gemm's.
-    unsafe {
-        gemm::gemm(
-            rows,
-            cols,
-            k,
-            c,
-            1,
-            stride as isize,
-            accumulate,
-            a_start,
-            a.col,
-            a.row,
-            b_start,
-            b.col,
-            b.row,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    let depth = depth();
+    // Longer stretches would be cut by the sizes of this machine's caches, and copied into buffers of any size.
+    for first in (0..k).step_by(depth) {
+        let skip = first as isize;
+        // SAFETY: the caller's contract is gemm's; a stretch of the inner dimension lies inside the views.
+        unsafe {
+            gemm::gemm(
+                rows,
+                cols,
+                depth.min(k - first),
+                c,
+                1,
+                stride as isize,
+                accumulate || first > 0,
+                a_start.offset(skip * a.col),
+                a.col,
+                a.row,
+                b_start.offset(skip * b.row),
+                b.col,
+                b.row,
+                1.0,
+                scale,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
     }
 }

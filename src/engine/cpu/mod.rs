@@ -281,6 +281,22 @@ impl Ops for CpuOps {
         self.copy(op.window, op.host);
         Ok(())
     }
+    fn offload(&mut self, op: &Offload) -> Result<()> {
+        self.copy(op.device, op.host);
+        Ok(())
+    }
+    fn fetch(&mut self, op: &Fetch) -> Result<()> {
+        self.copy(op.host, op.device);
+        Ok(())
+    }
+    fn transferred(&mut self, _: &Transferred) -> Result<()> {
+        Ok(())
+    }
+    fn dequantize(&mut self, op: &Dequantize) -> Result<()> {
+        // SAFETY: regions of one operation.
+        self.decode(op.weight, unsafe { self.slice(op.out) });
+        Ok(())
+    }
     fn zero(&mut self, op: &Zero) -> Result<()> {
         for &id in &op.tensors {
             // SAFETY: one region at a time, exclusive borrow.

@@ -8,6 +8,30 @@ use crate::engine::ops::{Attention, AttentionBackward, CachedAttention, Heads, S
 const TILE: usize = 64;
 const TILE_THREADS: u32 = 128;
 
+/// The kernels of compute capability 9.0 for one head size; see kernels/cuda/attention_hopper.cu.
+struct Hopper {
+    forward: &'static str,
+    keys: &'static str,
+    queries: &'static str,
+    /// Dynamic shared memory in bytes: two tiles of keys and two of values; the own two, two of each streamed, and two
+    /// times 64 rows' statistics.
+    forward_shared: u32,
+    backward_shared: u32,
+}
+
+impl Hopper {
+    fn new(dim: usize) -> Option<Hopper> {
+        let tile = (TILE * dim * 2) as u32;
+        (dim == 128).then_some(Hopper {
+            forward: "attention_hopper_128",
+            keys: "attention_backward_keys_hopper_128",
+            queries: "attention_backward_queries_hopper_128",
+            forward_shared: 4 * tile,
+            backward_shared: 6 * tile + 2 * 2 * 64 * 4,
+        })
+    }
+}
+
 /// Rows of a block of the plain kernels: its warps.
 const PLAIN_ROWS: usize = 4;
 
@@ -62,6 +86,12 @@ impl CudaOps {
         tiled.filter(|t| t.forward_shared.max(t.backward_shared) <= self.gpu.shared_limit)
     }
 
+    /// The kernels of the card's own instructions, where it has them.
+    fn hopper(&self, heads: Heads) -> Option<Hopper> {
+        let usable = self.is_bf16() && !self.plain_attention && self.gpu.capability == (9, 0);
+        if usable { Hopper::new(heads.dim) } else { None }
+    }
+
     /// Blocks for tiles of `rows` rows of each example, for each of `heads` heads.
     fn attention_grid(&self, rows: usize, heads: usize) -> [u32; 3] {
         let longest = self.cu_seqlens.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0) as usize;
@@ -73,6 +103,12 @@ impl CudaOps {
         let [q, k, v, out] = [op.q, op.k, op.v, op.out].map(|id| Arg::Ptr(self.ptr(id)));
         let [lse, cu_seqlens] = [op.lse, op.cu_seqlens].map(|id| Arg::Ptr(self.ptr(id)));
         let [n, n_kv, dim, window] = head_args(heads);
+        if let Some(hopper) = self.hopper(heads) {
+            let grid = self.attention_grid(TILE, heads.q);
+            let how = Launch { grid, block: TILE_THREADS, shared: hopper.forward_shared };
+            let args = [q, k, v, out, lse, cu_seqlens, n, n_kv, window];
+            return self.gpu.launch("attention_hopper", hopper.forward, how, &args);
+        }
         if let Some(tiled) = self.tiled(heads) {
             let grid = self.attention_grid(TILE, heads.q);
             let how = Launch { grid, block: TILE_THREADS, shared: tiled.forward_shared };
@@ -98,6 +134,14 @@ impl CudaOps {
         let args = [out, dout, delta, Arg::U64(rows as u64), dim];
         self.gpu.launch("attention_backward", "attention_delta", how, &args)?;
 
+        if let Some(hopper) = self.hopper(heads) {
+            let how =
+                |n| Launch { grid: self.attention_grid(TILE, n), block: TILE_THREADS, shared: hopper.backward_shared };
+            let args = [q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n, n_kv, window];
+            self.gpu.launch("attention_backward_hopper", hopper.keys, how(heads.kv), &args)?;
+            let args = [q, k, v, dout, lse, delta, dq, cu_seqlens, n, n_kv, window];
+            return self.gpu.launch("attention_backward_hopper", hopper.queries, how(heads.q), &args);
+        }
         if let Some(tiled) = self.tiled(heads) {
             let how =
                 |n| Launch { grid: self.attention_grid(TILE, n), block: TILE_THREADS, shared: tiled.backward_shared };

@@ -19,15 +19,23 @@ pub(super) struct Target {
     pub driver: i32,
 }
 
-/// What every kernel file includes.
-const COMMON: &str = include_str!("../../../kernels/cuda/common.cuh");
+/// What kernel files include.
+const INCLUDES: [(&str, &str); 2] = [
+    ("#include \"common.cuh\"", include_str!("../../../kernels/cuda/common.cuh")),
+    ("#include \"hopper.cuh\"", include_str!("../../../kernels/cuda/hopper.cuh")),
+];
+
+/// A kernel file with what it includes.
+fn whole(source: &str) -> String {
+    INCLUDES.iter().fold(source.to_string(), |text, (line, file)| text.replace(line, file))
+}
 
 /// Machine code of a kernel file: from the cache, or compiled and put there.
 ///
 /// # Errors
 /// The compiler's log.
 pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8>> {
-    let source = source.replace("#include \"common.cuh\"", COMMON);
+    let source = whole(source);
     let options = options(target);
     let version = nvrtc_version();
     let key = format!("{:?} {version:?} {options:?} {}\0{source}", target.driver, env!("CARGO_PKG_VERSION"));
@@ -51,7 +59,9 @@ pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8
 
 fn options(target: Target) -> Vec<String> {
     let (major, minor) = target.capability;
-    let mut options = vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".into()];
+    // Hopper's own instructions are in no later card's set: a target of their own, with an a.
+    let own = if target.capability == (9, 0) { "a" } else { "" };
+    let mut options = vec![format!("--gpu-architecture=sm_{major}{minor}{own}"), "--std=c++17".into()];
     if target.f32 {
         options.push("--define-macro=ELEM_F32".into());
     }
@@ -127,8 +137,7 @@ mod tests {
             for f32 in [false, true] {
                 let target = Target { capability, f32, driver: 0 };
                 for (name, source) in super::super::gpu::KERNELS {
-                    let source = source.replace("#include \"common.cuh\"", COMMON);
-                    let code = nvrtc(name, &source, &options(target)).unwrap();
+                    let code = nvrtc(name, &whole(source), &options(target)).unwrap();
                     assert!(code.starts_with(b"\x7fELF"), "{name}");
                 }
             }

@@ -2,6 +2,7 @@
 
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
+use super::nf4::{Casts, cast_args};
 use crate::Result;
 use crate::engine::ops::Lora;
 
@@ -9,9 +10,13 @@ use crate::engine::ops::Lora;
 const BLOCKS: usize = 16;
 
 impl CudaOps {
-    /// `y = x`: x f32 `[n]`, y elem `[n]`.
-    pub(super) fn cast(&self, x: u64, y: u64, n: usize) -> Result<()> {
-        self.gpu.launch("linear", "cast_to_elem", self.elements(n), &[Arg::Ptr(x), Arg::Ptr(y), Arg::U64(n as u64)])
+    /// f32 arrays to the compute dtype.
+    pub(super) fn cast(&self, casts: &Casts) -> Result<()> {
+        let most = casts[0].2.max(casts[1].2);
+        if most == 0 {
+            return Ok(());
+        }
+        self.gpu.launch("linear", "cast_to_elem", self.elements(most), &cast_args(casts))
     }
 
     /// `y = dropout(x)`, elem `[n]`, with the module's mask of this micro-step; `y` may be `x`.

@@ -15,10 +15,13 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
     ("add_rmsnorm", include_str!("../../../kernels/cuda/add_rmsnorm.cu")),
     ("attention", include_str!("../../../kernels/cuda/attention.cu")),
     ("attention_backward", include_str!("../../../kernels/cuda/attention_backward.cu")),
+    ("attention_hopper", include_str!("../../../kernels/cuda/attention_hopper.cu")),
+    ("attention_backward_hopper", include_str!("../../../kernels/cuda/attention_backward_hopper.cu")),
     ("attention_plain", include_str!("../../../kernels/cuda/attention_plain.cu")),
     ("cached_attention", include_str!("../../../kernels/cuda/cached_attention.cu")),
     ("embedding", include_str!("../../../kernels/cuda/embedding.cu")),
     ("linear", include_str!("../../../kernels/cuda/linear.cu")),
+    ("linear_one", include_str!("../../../kernels/cuda/linear_one.cu")),
     ("lm_head", include_str!("../../../kernels/cuda/lm_head.cu")),
     ("nf4", include_str!("../../../kernels/cuda/nf4.cu")),
     ("optimizer", include_str!("../../../kernels/cuda/optimizer.cu")),
@@ -40,6 +43,17 @@ pub enum Arg {
     I32(i32),
     F32(f32),
     F64(f64),
+}
+
+/// Where an argument's value lies.
+fn arg_address(a: &Arg) -> *mut c_void {
+    match a {
+        Arg::Ptr(x) | Arg::U64(x) => std::ptr::from_ref(x).cast_mut().cast(),
+        Arg::U32(x) => std::ptr::from_ref(x).cast_mut().cast(),
+        Arg::I32(x) => std::ptr::from_ref(x).cast_mut().cast(),
+        Arg::F32(x) => std::ptr::from_ref(x).cast_mut().cast(),
+        Arg::F64(x) => std::ptr::from_ref(x).cast_mut().cast(),
+    }
 }
 
 /// How a kernel is launched.
@@ -197,17 +211,24 @@ impl Gpu {
     /// # Errors
     /// A kernel that does not exist, a launch that the driver refuses.
     pub fn launch(&self, file: &'static str, kernel: &'static str, how: Launch, args: &[Arg]) -> Result<()> {
+        self.launch_with(file, kernel, how, &[], args)
+    }
+
+    /// The same, with a structure of these bytes as the kernel's first argument.
+    ///
+    /// # Errors
+    /// As [`Gpu::launch`].
+    pub fn launch_with(
+        &self,
+        file: &'static str,
+        kernel: &'static str,
+        how: Launch,
+        table: &[u8],
+        args: &[Arg],
+    ) -> Result<()> {
         let function = self.function(file, kernel, how.shared)?;
-        let mut params: Vec<*mut c_void> = args
-            .iter()
-            .map(|a| match a {
-                Arg::Ptr(x) | Arg::U64(x) => std::ptr::from_ref(x).cast_mut().cast(),
-                Arg::U32(x) => std::ptr::from_ref(x).cast_mut().cast(),
-                Arg::I32(x) => std::ptr::from_ref(x).cast_mut().cast(),
-                Arg::F32(x) => std::ptr::from_ref(x).cast_mut().cast(),
-                Arg::F64(x) => std::ptr::from_ref(x).cast_mut().cast(),
-            })
-            .collect();
+        let table = (!table.is_empty()).then(|| table.as_ptr().cast_mut().cast());
+        let mut params: Vec<*mut c_void> = table.into_iter().chain(args.iter().map(arg_address)).collect();
         let [x, y, z] = how.grid;
         // SAFETY: the arguments are those of the kernel's signature, by the launcher beside it; they are copied at once.
         unsafe { result::launch_kernel(function, (x, y, z), (how.block, 1, 1), how.shared, self.stream, &mut params) }

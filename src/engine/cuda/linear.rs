@@ -5,10 +5,15 @@
 use candle_core::DType;
 
 use super::CudaOps;
+use super::gpu::{Arg, Launch};
 use super::matmul::Matrix;
+use super::nf4::{NO_CASTS, quant_type_code};
 use super::scratch::LinearScratch;
 use crate::Result;
 use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
+
+/// Dynamic shared memory that the kernel for one token takes for its input, at most.
+const ONE_SHARED: usize = 40 << 10;
 
 impl CudaOps {
     pub(super) fn linear_forward(&mut self, op: &Linear, scratch: Scratch) -> Result<()> {
@@ -18,22 +23,27 @@ impl CudaOps {
         let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.y.is_some(), false);
         let base = self.at(scratch);
         let x = Matrix::new(self.ptr(op.x), e, k);
-        if let Some(y) = op.y {
-            let w = self.base_weight(&m, base + space.weight)?;
-            let y = Matrix::new(self.ptr(y), e, n);
-            self.matmul(y, x, w.t(), (t, n, k), 1.0, 0.0)?;
+        let y = op.y.map(|y| Matrix::new(self.ptr(y), e, n));
+        let adapted = match (&m.lora, op.xa) {
+            (Some(lora), Some(xa)) if self.state.adapter => Some((lora, Matrix::new(self.ptr(xa), e, lora.r))),
+            _ => None,
+        };
+        if let (Some(y), true) = (y, self.has_one_kernel(&m)) {
+            return self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)));
         }
-        let (Some(lora), Some(xa), true) = (&m.lora, op.xa, self.state.adapter) else { return Ok(()) };
-        let a = self.in_elem(lora.a, lora.r * k, base + space.a)?;
-        let xa = Matrix::new(self.ptr(xa), e, lora.r);
-        let x = self.dropped(lora, x, t * k, base + space.dropped)?;
-        self.matmul(xa, x, Matrix::new(a, e, k).t(), (t, lora.r, k), 1.0, 0.0)?;
-        if let Some(y) = op.y {
-            let b = self.in_elem(lora.b, n * lora.r, base + space.b)?;
-            let y = Matrix::new(self.ptr(y), e, n);
-            self.matmul(y, xa, Matrix::new(b, e, lora.r).t(), (t, n, lora.r), lora.scaling, 1.0)?;
+        let ready = self.weights(&m, base, space, y.is_some(), adapted.is_some())?;
+        // The adapter's part first: the large product adds it where it would only write.
+        if let Some((lora, xa)) = adapted {
+            let dropped = self.dropped(lora, x, t * k, base + space.dropped)?;
+            self.matmul(xa, dropped, ready.a.t(), (t, lora.r, k), 1.0, 0.0)?;
+            if let Some(y) = y {
+                self.matmul(y, xa, ready.b.t(), (t, n, lora.r), lora.scaling, 0.0)?;
+            }
         }
-        Ok(())
+        match y {
+            Some(y) => self.matmul(y, x, ready.w.t(), (t, n, k), 1.0, if adapted.is_some() { 1.0 } else { 0.0 }),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn linear_grad(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
@@ -43,22 +53,27 @@ impl CudaOps {
         let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.dx.is_some(), true);
         let base = self.at(scratch);
         let dy = Matrix::new(self.ptr(op.dy), e, n);
-        if let Some(dx) = op.dx {
-            let w = self.base_weight(&m, base + space.weight)?;
-            let dx = Matrix::new(self.ptr(dx), e, k);
-            self.matmul(dx, dy, w, (t, k, n), 1.0, if op.accumulate { 1.0 } else { 0.0 })?;
-        }
+        let lora = m.lora.filter(|_| op.x.is_some() && op.xa.is_some());
+        let ready = self.weights(&m, base, space, op.dx.is_some(), lora.is_some())?;
         if let (Some(grad), Some(x)) = (m.grad, op.x) {
             let x = Matrix::new(self.ptr(x), e, k);
             let grad = Matrix::new(self.ptr(grad), self.region(grad).dtype, k);
             self.matmul(grad, dy.t(), x, (n, k, t), 1.0, 1.0)?;
         }
-        match &m.lora {
-            Some(lora) => self.lora_grad(op, lora, dy, base, space),
+        if let Some(lora) = &lora {
+            self.lora_grad(op, lora, dy, base, space, &ready)?;
+        }
+        match op.dx {
+            Some(dx) => {
+                let dx = Matrix::new(self.ptr(dx), e, k);
+                let adds = op.accumulate || lora.is_some();
+                self.matmul(dx, dy, ready.w, (t, k, n), 1.0, if adds { 1.0 } else { 0.0 })
+            }
             None => Ok(()),
         }
     }
 
+    /// The adapter's gradients, and its part of `dx`, to which the base's is added.
     fn lora_grad(
         &mut self,
         op: &LinearBackward,
@@ -66,13 +81,13 @@ impl CudaOps {
         dy: Matrix,
         base: u64,
         space: LinearScratch,
+        ready: &Ready,
     ) -> Result<()> {
         let (t, n, k, r, e) = (self.tokens, op.linear.out_features, op.linear.in_features, lora.r, self.dtype);
         let (Some(x), Some(xa)) = (op.x, op.xa) else { return Ok(()) };
-        let b = self.in_elem(lora.b, n * r, base + space.b)?;
         let dxa = Matrix::new(base + space.dxa, e, r);
         // dxa = scaling * dy B
-        self.matmul(dxa, dy, Matrix::new(b, e, r), (t, r, n), lora.scaling, 0.0)?;
+        self.matmul(dxa, dy, ready.b, (t, r, n), lora.scaling, 0.0)?;
         if let Some((grad_a, grad_b)) = lora.grads {
             let (grad_a, grad_b) =
                 (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
@@ -82,14 +97,64 @@ impl CudaOps {
             self.matmul(grad_a, dxa.t(), x, (r, k, t), 1.0, 1.0)?;
         }
         let Some(dx) = op.dx else { return Ok(()) };
-        let a = Matrix::new(self.in_elem(lora.a, r * k, base + space.a)?, e, k);
         let dx = Matrix::new(self.ptr(dx), e, k);
-        if self.drops(lora) {
-            let through = Matrix::new(base + space.dropped, e, k);
-            self.matmul(through, dxa, a, (t, k, r), 1.0, 0.0)?;
-            self.dropout_add(lora, dx.ptr, through.ptr, t * k)
-        } else {
-            self.matmul(dx, dxa, a, (t, k, r), 1.0, 1.0)
+        match (self.drops(lora), op.accumulate) {
+            (true, true) => {
+                let through = Matrix::new(base + space.dropped, e, k);
+                self.matmul(through, dxa, ready.a, (t, k, r), 1.0, 0.0)?;
+                self.dropout_add(lora, dx.ptr, through.ptr, t * k)
+            }
+            (true, false) => {
+                self.matmul(dx, dxa, ready.a, (t, k, r), 1.0, 0.0)?;
+                self.dropout(lora, dx.ptr, dx.ptr, t * k)
+            }
+            (false, accumulate) => self.matmul(dx, dxa, ready.a, (t, k, r), 1.0, if accumulate { 1.0 } else { 0.0 }),
+        }
+    }
+
+    /// Whether the batch is one token of a decoded text, for which there are kernels that only read the weights.
+    fn has_one_kernel(&self, m: &LinearIds) -> bool {
+        let shared = m.in_features * self.dtype.size_in_bytes();
+        let whole = match m.weight {
+            Weight::Dense { .. } => true,
+            Weight::Nf4 { config, .. } => config.blocksize >= 32,
+        };
+        self.tokens == 1 && !self.state.training && whole && m.in_features.is_multiple_of(32) && shared <= ONE_SHARED
+    }
+
+    /// `y = W x + scaling * B (A x)` for one token, by kernels/cuda/linear_one.cu. `adapter`: the pair, and where `A x` goes.
+    fn linear_one(&self, m: &LinearIds, x: u64, y: u64, adapter: Option<(&Lora, u64)>) -> Result<()> {
+        let (n, k) = (m.out_features, m.in_features);
+        let mut low = [Arg::Ptr(0), Arg::Ptr(0), Arg::U32(0), Arg::F32(0.0)];
+        if let Some((lora, xa)) = adapter {
+            let args = [Arg::Ptr(self.ptr(lora.a)), Arg::Ptr(x), Arg::Ptr(xa), Arg::U32(k as u32)];
+            let how = Launch { grid: [lora.r as u32, 1, 1], block: 256, shared: 0 };
+            self.gpu.launch("linear_one", "lora_one", how, &args)?;
+            low = [Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(xa), Arg::U32(lora.r as u32), Arg::F32(lora.scaling)];
+        }
+        let vectors = [Arg::Ptr(x), Arg::Ptr(y), Arg::U32(n as u32), Arg::U32(k as u32)];
+        // A warp for each row; a few rows each, for which x is read once.
+        let blocks = n.div_ceil(8).min(self.gpu.sm_count as usize * 6);
+        let shared = (k * self.dtype.size_in_bytes()) as u32;
+        let how = Launch { grid: [blocks as u32, 1, 1], block: 256, shared };
+        match m.weight {
+            Weight::Dense { w } => {
+                let args = [&[Arg::Ptr(self.ptr(w))], &vectors[..], &low].concat();
+                self.gpu.launch("linear_one", "dense_one", how, &args)
+            }
+            Weight::Nf4 { packed, absmax, nested, config } => {
+                let (scales, offset) = nested.map_or((0, 0), |n| (self.ptr(n.absmax), self.ptr(n.offset)));
+                let weight = [
+                    Arg::Ptr(self.ptr(packed)),
+                    Arg::Ptr(self.ptr(absmax)),
+                    Arg::Ptr(scales),
+                    Arg::Ptr(offset),
+                    Arg::U32(config.blocksize.trailing_zeros()),
+                    Arg::U32(config.nested_blocksize.trailing_zeros()),
+                    Arg::U32(quant_type_code(config.quant_type)),
+                ];
+                self.gpu.launch("linear_one", "nf4_one", how, &[&weight[..], &vectors, &low].concat())
+            }
         }
     }
 
@@ -102,24 +167,37 @@ impl CudaOps {
         Ok(Matrix { ptr: space, ..x })
     }
 
-    /// An f32 matrix of the adapter in the compute dtype: itself, or cast into `space`.
-    fn in_elem(&self, id: crate::engine::ops::TensorId, n: usize, space: u64) -> Result<u64> {
-        if self.dtype == DType::F32 {
-            return Ok(self.ptr(id));
-        }
-        self.cast(self.ptr(id), space, n)?;
-        Ok(space)
-    }
-
-    /// `[out, in]`: the dense weight, or the 4-bit one dequantized into `space`.
-    fn base_weight(&self, m: &LinearIds, space: u64) -> Result<Matrix> {
-        let ptr = match m.weight {
-            Weight::Dense { w } => self.ptr(w),
-            Weight::Nf4 { .. } => {
-                self.dequantize(&m.weight, m.out_features * m.in_features, space)?;
-                space
+    /// The module's matrices in the compute dtype: a 4-bit weight is decoded, A and B are cast, in one launch.
+    fn weights(&self, m: &LinearIds, base: u64, space: LinearScratch, product: bool, adapted: bool) -> Result<Ready> {
+        let (n, k, e) = (m.out_features, m.in_features, self.dtype);
+        let r = m.lora.map_or(1, |l| l.r);
+        let (mut a, mut b, mut casts) = (0, 0, NO_CASTS);
+        if let (Some(lora), true) = (&m.lora, adapted) {
+            (a, b) = (self.ptr(lora.a), self.ptr(lora.b));
+            if e != DType::F32 {
+                casts = [(a, base + space.a, r * k), (b, base + space.b, n * r)];
+                (a, b) = (base + space.a, base + space.b);
             }
+        }
+        let w = match m.weight {
+            Weight::Dense { w } => self.ptr(w),
+            Weight::Nf4 { .. } => base + space.weight,
         };
-        Ok(Matrix::new(ptr, self.dtype, m.in_features))
+        if product && matches!(m.weight, Weight::Nf4 { .. }) {
+            self.decode(&m.weight, n * k, w, &casts)?;
+        } else {
+            self.cast(&casts)?;
+        }
+        Ok(Ready { w: Matrix::new(w, e, k), a: Matrix::new(a, e, k), b: Matrix::new(b, e, r) })
     }
+}
+
+/// A module's matrices as the products take them.
+struct Ready {
+    /// `[out, in]`.
+    w: Matrix,
+    /// `[R, in]`.
+    a: Matrix,
+    /// `[out, R]`.
+    b: Matrix,
 }

@@ -26,6 +26,7 @@ pub(crate) mod scratch;
 mod swiglu;
 #[cfg(test)]
 mod tests;
+mod transfers;
 
 pub use bench::{Nf4Timing, bench_nf4};
 pub use gpu::{Arg, Ballast, Gpu, Launch, reserve_all_but};
@@ -38,10 +39,12 @@ use candle_core::DType;
 use super::backend::{Backend, StepState, WeightSource};
 use super::layout::WeightSlot;
 use super::ops::*;
+use super::optimizer::AdamWHyper;
 use crate::data::Batch;
 use crate::plan::{MemoryPlan, Region, Space};
 use crate::{Error, Result};
 use matmul::{Matrix, Products};
+use transfers::Transfers;
 
 /// The name of the first visible card.
 ///
@@ -77,6 +80,10 @@ pub struct CudaOps {
     first_position: u32,
     batch: Option<Batch>,
     logits: Vec<f32>,
+    /// The stream of copies between the arena and the host, and for each tensor the event after its last copy.
+    transfers: Transfers,
+    /// Updates that wait to be launched together.
+    updates: Vec<(optimizer::Update, AdamWHyper)>,
     /// Scalars of the step.
     pub state: StepState,
     /// The plain attention kernels instead of the tiled ones, for comparison.
@@ -103,6 +110,7 @@ impl CudaOps {
             (arena + r.offset, r.bytes() as usize)
         });
         let products = Products::new(workspace).inspect_err(|_| gpu.free(arena))?;
+        let transfers = Transfers::new().inspect_err(|_| gpu.free(arena))?;
         Ok(CudaOps {
             plan: plan.clone(),
             products,
@@ -115,6 +123,8 @@ impl CudaOps {
             first_position: 0,
             batch: None,
             logits: Vec::new(),
+            transfers,
+            updates: Vec::new(),
             state,
             plain_attention: false,
             gpu,
@@ -167,6 +177,7 @@ impl Drop for CudaOps {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
             let _ = self.gpu.wait();
+            self.transfers.close();
             self.gpu.free_host(self.host);
             self.gpu.free(self.arena);
         }
@@ -214,6 +225,7 @@ impl Backend for CudaOps {
     }
 
     fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
+        self.launch_updates()?;
         for &id in ids {
             self.gpu.fill(self.ptr(id), 0xff, self.region(id).bytes())?;
         }
@@ -224,7 +236,8 @@ impl Backend for CudaOps {
         self.gpu.bind()
     }
 
-    fn wait(&self) -> Result<()> {
+    fn wait(&mut self) -> Result<()> {
+        self.launch_updates()?;
         self.gpu.wait()
     }
 
@@ -314,19 +327,35 @@ impl Ops for CudaOps {
         self.global_norm(op, scratch)
     }
     fn adamw(&mut self, op: &AdamW) -> Result<()> {
-        self.update(op)
+        self.update(op);
+        Ok(())
     }
     fn page_in(&mut self, op: &PageIn) -> Result<()> {
+        self.launch_updates()?;
         // SAFETY of sizes: the window has the host region's shape.
         self.gpu.copy(self.ptr(op.window), self.ptr(op.host), self.region(op.host).bytes())
     }
     fn page_out(&mut self, op: &PageOut) -> Result<()> {
+        self.launch_updates()?;
         self.gpu.copy(self.ptr(op.host), self.ptr(op.window), self.region(op.host).bytes())
     }
+    fn offload(&mut self, op: &Offload) -> Result<()> {
+        let (to, from, bytes) = (self.ptr(op.host), self.ptr(op.device), self.region(op.host).bytes());
+        self.transfers.start(&self.gpu, op.device, to, from, bytes)
+    }
+    fn fetch(&mut self, op: &Fetch) -> Result<()> {
+        let (to, from, bytes) = (self.ptr(op.device), self.ptr(op.host), self.region(op.host).bytes());
+        self.transfers.start(&self.gpu, op.device, to, from, bytes)
+    }
+    fn transferred(&mut self, op: &Transferred) -> Result<()> {
+        self.transfers.wait_for(&self.gpu, op.device)
+    }
+    fn dequantize(&mut self, op: &Dequantize) -> Result<()> {
+        self.decode(&op.weight, self.region(op.out).numel(), self.ptr(op.out), &nf4::NO_CASTS)
+    }
     fn zero(&mut self, op: &Zero) -> Result<()> {
-        for &id in &op.tensors {
-            self.gpu.fill(self.ptr(id), 0, self.region(id).bytes())?;
-        }
-        Ok(())
+        self.launch_updates()?;
+        let arrays: Vec<_> = op.tensors.iter().map(|&id| (self.ptr(id), self.region(id).bytes() as usize)).collect();
+        optimizer::zero(&self.gpu, &arrays)
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn dtype_code(dtype: DType) -> u32 {
     }
 }
 
-fn quant_type_code(quant_type: QuantType) -> u32 {
+pub(super) fn quant_type_code(quant_type: QuantType) -> u32 {
     match quant_type {
         QuantType::Nf4 => 0,
         QuantType::Fp4 => 1,
@@ -113,8 +113,28 @@ pub(super) fn nest(
     gpu.launch("nf4", "nf4_absmax_nest", strided(gpu, blocks.div_ceil(nested_blocksize)), &args)
 }
 
+/// f32 arrays that are cast to the compute dtype on the way: from, to, elements.
+pub(super) type Casts = [(u64, u64, usize); 2];
+
+/// No casts.
+pub(super) const NO_CASTS: Casts = [(0, 0, 0); 2];
+
+/// The casts as the kernels take them.
+pub(super) fn cast_args(casts: &Casts) -> [Arg; 6] {
+    let [(x0, y0, n0), (x1, y1, n1)] = *casts;
+    [Arg::Ptr(x0), Arg::Ptr(y0), Arg::U32(n0 as u32), Arg::Ptr(x1), Arg::Ptr(y1), Arg::U32(n1 as u32)]
+}
+
 /// `out [n]` of the compute dtype from 4 bits. `packed` and `out` are aligned to 16 bytes.
-pub(super) fn dequantize(gpu: &Gpu, packed: u64, scales: Scales, config: Nf4Config, n: usize, out: u64) -> Result<()> {
+pub(super) fn dequantize(
+    gpu: &Gpu,
+    packed: u64,
+    scales: Scales,
+    config: Nf4Config,
+    n: usize,
+    out: u64,
+    casts: &Casts,
+) -> Result<()> {
     // A tile is 256 threads with two words of eight codes each. As many thread blocks as run at the same time: all take
     // the same number of tiles, and end together.
     let threads = if matches!(gpu.capability, (8, 0) | (9 | 10, _)) { 2048 } else { 1536 };
@@ -125,20 +145,21 @@ pub(super) fn dequantize(gpu: &Gpu, packed: u64, scales: Scales, config: Nf4Conf
     let packed = Arg::Ptr(packed);
     match scales {
         Scales::Plain(absmax) => {
-            gpu.launch("nf4", "nf4_dequantize", how, &[packed, Arg::Ptr(absmax), n, shift, quant_type, out])
+            let args = [packed, Arg::Ptr(absmax), n, shift, quant_type, out];
+            gpu.launch("nf4", "nf4_dequantize", how, &[&args[..], &cast_args(casts)].concat())
         }
         Scales::Nested { codes, absmax, offset } => {
             let nested_shift = Arg::U32(config.nested_blocksize.trailing_zeros());
             let [codes, absmax, offset] = [codes, absmax, offset].map(Arg::Ptr);
             let args = [packed, codes, absmax, offset, n, shift, nested_shift, quant_type, out];
-            gpu.launch("nf4", "nf4_dequantize_nested", how, &args)
+            gpu.launch("nf4", "nf4_dequantize_nested", how, &[&args[..], &cast_args(casts)].concat())
         }
     }
 }
 
 impl CudaOps {
-    /// A 4-bit weight of `numel` elements, decoded to the compute dtype at `out`.
-    pub(super) fn dequantize(&self, weight: &Weight, numel: usize, out: u64) -> Result<()> {
+    /// A 4-bit weight of `numel` elements, decoded to the compute dtype at `out`, and casts.
+    pub(super) fn decode(&self, weight: &Weight, numel: usize, out: u64, casts: &Casts) -> Result<()> {
         let Weight::Nf4 { packed, absmax, nested, config } = *weight else { return Ok(()) };
         let scales = match nested {
             None => Scales::Plain(self.ptr(absmax)),
@@ -146,7 +167,7 @@ impl CudaOps {
                 Scales::Nested { codes: self.ptr(absmax), absmax: self.ptr(n.absmax), offset: self.ptr(n.offset) }
             }
         };
-        dequantize(&self.gpu, self.ptr(packed), scales, config, numel, out)
+        dequantize(&self.gpu, self.ptr(packed), scales, config, numel, out, casts)
     }
 
     /// See [`quantize`].

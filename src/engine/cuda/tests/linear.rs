@@ -203,6 +203,57 @@ fn lora_on_a_4_bit_base() {
     }
 }
 
+/// Decoding: one token, not in training, rows of whole 32s.
+#[test]
+fn one_token() {
+    if !gpu() {
+        return;
+    }
+    let plain = Nf4Config { double_quant: false, ..Nf4Config::default() };
+    let small = Nf4Config { blocksize: 32, ..Nf4Config::default() };
+    let fp4 = Nf4Config { quant_type: QuantType::Fp4, blocksize: 4096, ..plain };
+    for adapter in [true, false] {
+        let mut b = Bench::new(1);
+        b.state.training = false;
+        b.state.adapter = adapter;
+        for (n, k) in [(48, 64), (97, 96), (33, 32), (260, 1024), (40, 4096), (5000, 224), (40, 14336)] {
+            for quant in [Some(Nf4Config::default()), Some(plain), Some(small), Some(fp4), None] {
+                for r in [0, 3, 64] {
+                    one(&mut b, (n, k), quant, r);
+                }
+            }
+        }
+        b.check();
+    }
+}
+
+fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize) {
+    let case = Case { quant, r, ..Case::new((n, k)) };
+    b.part(format!("{case:?}"));
+    let (weight, w) = base(b, &case);
+    let (x, a, bb) = (b.random(k), b.random(r * k), b.random(n * r));
+    let lora = (r > 0).then(|| {
+        let (a, b) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
+        Lora { a, b, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE }
+    });
+    let mut plain = rounded(&product(&x, &transposed(&w, n, k), 1, k, n));
+    if r > 0 && b.state.adapter {
+        let xa = rounded(&product(&x, &transposed(&a, r, k), 1, k, r));
+        plain = rounded(&plus(
+            &plain,
+            &rounded(&scaled(&rounded(&product(&xa, &transposed(&bb, n, r), 1, r, n)), SCALING)),
+        ));
+    }
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, lora };
+    let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), lora.map(|_| b.out("xa", r)));
+    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa }));
+    b.want(y, TOLERANCE, Plain::Values(plain));
+    if let Some(xa) = xa.filter(|_| b.state.adapter) {
+        // Three numbers alone can be off by more than twice what others are.
+        b.want(xa, TOLERANCE, Plain::Within(3e-2));
+    }
+}
+
 #[test]
 fn lora_with_dropout() {
     if !gpu() {

@@ -81,7 +81,7 @@ fn updates_with_32_bit_state_equal_the_cpu() {
                         norm: card.put(&[f64::NAN, clip]),
                     };
                     let h = hyper(step, if step == 2 { 0.0 } else { 0.1 });
-                    adamw(&card.gpu, &u, &h).unwrap();
+                    adamw(&card.gpu, &[(u, h)]).unwrap();
                     let h = AdamWHyper { grad_scale: clip as f32, ..h };
                     let on_cpu = if bitsandbytes { optimizer::adamw_32bit_bnb } else { optimizer::adamw };
                     on_cpu(&mut p, &g, &mut m, &mut v, &h);
@@ -135,7 +135,7 @@ fn updates_with_8_bit_state_equal_the_cpu() {
                     norm: card.put(&[f64::NAN, clip]),
                 };
                 let h = hyper(step, 0.1);
-                adamw(&card.gpu, &u, &h).unwrap();
+                adamw(&card.gpu, &[(u, h)]).unwrap();
                 let h = AdamWHyper { grad_scale: clip as f32, ..h };
                 optimizer::adamw_8bit(&mut p, &g, &mut s1, &mut a1, &mut s2, &mut a2, &h);
                 p = keep(p_dtype, p);
@@ -172,7 +172,8 @@ fn check_golden(card: &Card, optimizer: &str, name: &str, weight_decay: f32, eig
     let mut compared = 0;
     for t in 1..=10 {
         let grad = card.array(DType::F32, &inputs.floats(&format!("{name}.g{t}")).unwrap());
-        adamw(&card.gpu, &Update { param, copy: None, grad, state, n, norm }, &hyper(t, weight_decay)).unwrap();
+        let update = Update { param, copy: None, grad, state, n, norm };
+        adamw(&card.gpu, &[(update, hyper(t, weight_decay))]).unwrap();
         let key = format!("{optimizer}.f32.{name}.t{t}");
         let Some(theirs) = golden.floats(&format!("{key}.p")) else { continue };
         // b4352 has ordinary gradients, the others a heavy tail.
