@@ -30,6 +30,8 @@ mod engine;
 mod engine_errors;
 #[path = "suite/estimate.rs"]
 mod estimate;
+#[path = "suite/families.rs"]
+mod families;
 #[path = "suite/generate.rs"]
 mod generate;
 #[path = "suite/kill_resume.rs"]

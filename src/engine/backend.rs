@@ -25,6 +25,8 @@ pub struct StepState {
     pub training: bool,
     /// The adapter takes part.
     pub adapter: bool,
+    /// The text at hand is beyond [`ModelSpec::rope_switch`](crate::model::ModelSpec::rope_switch).
+    pub long_text: bool,
     /// Hyper-parameters of the update.
     pub adamw: AdamWHyper,
     /// Gradients are scaled down to this global norm; 0: never.
@@ -39,6 +41,7 @@ impl Default for StepState {
             micro_step: 0,
             training: false,
             adapter: true,
+            long_text: false,
             adamw: AdamWHyper { lr: 0.0, weight_decay: 0.0, ..AdamWHyper::default() },
             max_grad_norm: 0.0,
         }
@@ -132,10 +135,12 @@ pub enum WeightSource<'a> {
     },
     /// A weight that was stored in 4 bits.
     Quantized(Nf4Tensor),
-    /// A random weight: matrices normal with standard deviation 0.02, vectors all one.
+    /// A random weight: matrices normal with standard deviation 0.02, vectors constant.
     Drawn {
         /// Row-major shape.
         shape: &'a [usize],
+        /// Every element of a vector.
+        constant: f32,
         /// Fills a slice with the next values; on the host.
         draw: &'a mut dyn FnMut(&mut [f32]),
         /// For a device that draws by itself: the weight's own.

@@ -67,7 +67,12 @@ impl Engine {
                 ("rms_norm_eps", s.rms_norm_eps.to_string()),
                 ("rope_theta", s.rope_theta.to_string()),
                 ("rope_scaling", format!("{:?}", s.rope_scaling)),
-                ("sliding_window", format!("{:?}", s.sliding_window)),
+                ("sliding_window", format!("{:?} but in layers {:?}", s.sliding_window, s.full_attention_layers)),
+                ("model_type", s.family.model_type().to_string()),
+                ("hidden_act", format!("{:?}", s.activation)),
+                ("query_pre_attn_scalar", format!("{:?}", s.query_pre_attn_scalar)),
+                ("attn_logit_softcapping", format!("{:?}", s.attn_logit_softcapping)),
+                ("final_logit_softcapping", format!("{:?}", s.final_logit_softcapping)),
             ]
         };
         let differs = fields(a).into_iter().zip(fields(b)).find(|(a, b)| a != b);
@@ -82,7 +87,7 @@ impl Engine {
         base.validate()
     }
 
-    /// Draws random base weights, normal with standard deviation 0.02 and norms of one: a model from scratch, or of a
+    /// Draws random base weights, normal with standard deviation 0.02, norms that multiply by one and biases of zero: a model from scratch, or of a
     /// shape whose files are not at hand. 4-bit weights are drawn in bf16 and quantized. A GPU draws by itself, other values
     /// than the CPU's.
     ///
@@ -90,15 +95,17 @@ impl Engine {
     /// What the device reports.
     pub fn init_weights(&mut self, seed: u64) -> Result<()> {
         let slots = self.plan.layout().weights.clone();
+        let norm = 1.0 - self.plan.spec().norm_offset();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for (i, slot) in slots.iter().enumerate() {
             let normal = rand_distr_normal(0.02);
+            let constant = if slot.name.ends_with(".bias") { 0.0 } else { norm };
             let mut draw = |out: &mut [f32]| match slot.shape.len() {
-                1 => out.fill(1.0),
+                1 => out.fill(constant),
                 _ => out.iter_mut().for_each(|x| *x = normal(&mut rng)),
             };
             let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
-            self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, draw: &mut draw, seed })?;
+            self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, constant, draw: &mut draw, seed })?;
         }
         self.ops.wait()?;
         self.cached = None;

@@ -1,6 +1,6 @@
 //! Which tensors an operation touches: what the plan's lifetimes are read from.
 
-use super::ops::{LinearIds, Moments, Op, TensorId, Weight};
+use super::ops::{JoinColumns, LinearIds, Moments, Op, SplitColumns, TensorId, Weight};
 
 impl Op {
     /// Every tensor that the operation reads or writes, in no particular order.
@@ -30,6 +30,7 @@ impl Op {
                 add(o.xa.as_slice());
                 if o.y.is_some() {
                     add(&weight_tensors(&o.linear));
+                    add(o.linear.bias.map(|b| b.b).as_slice());
                 }
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
@@ -44,12 +45,17 @@ impl Op {
                     add(&weight_tensors(&o.linear));
                 }
                 add(o.linear.grad.as_slice());
+                add(o.linear.bias.and_then(|b| b.grad).as_slice());
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
                     if let Some((grad_a, grad_b)) = lora.grads {
                         add(&[grad_a, grad_b]);
                     }
                 }
+            }
+            Op::SplitColumns(SplitColumns { whole, parts }) | Op::JoinColumns(JoinColumns { whole, parts }) => {
+                add(&[*whole]);
+                add(parts);
             }
             Op::Rotary(o) => add(&[o.q, o.k, o.positions, o.inv_freq]),
             Op::Attention(o) => add(&[o.q, o.k, o.v, o.out, o.lse, o.cu_seqlens]),

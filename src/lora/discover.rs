@@ -222,7 +222,7 @@ impl Discovery {
             }
         }
         let order: BTreeMap<&str, usize> =
-            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+            LEAVES
                 .into_iter()
                 .enumerate()
                 .map(|(i, l)| (l, i))
@@ -231,6 +231,20 @@ impl Discovery {
         out
     }
 }
+
+/// The order of the network.
+const LEAVES: [&str; 10] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "lm_head",
+];
 
 /// 1234567 as 1,234,567.
 fn commas(n: u64) -> String {

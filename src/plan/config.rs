@@ -142,6 +142,13 @@ impl PlanConfig {
         let bad = |field: &str, expected: &str, found: String| {
             Err(Error::new("the plan's configuration cannot be used").at(field).expected(expected).found(found))
         };
+        if let Some(experts) = spec.experts {
+            return Err(Error::new("a mixture of experts can be counted, but not run")
+                .at(format!("{}: model_type", spec.name))
+                .expected("a model with one MLP in each layer")
+                .found(format!("`{}` with {} experts", spec.family.model_type(), experts.num_local_experts))
+                .next("use a dense model; Estimate says what other programs need for this one"));
+        }
         if self.micro_batch_size == 0 || self.max_seq_length == 0 {
             return bad("batch, seq", "at least 1", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
         }

@@ -69,7 +69,7 @@ fn worst(ours: &Gradients, theirs: &BTreeMap<String, Vec<f64>>) -> (f64, String)
 }
 
 /// Compares with candle, and the recomputed layers with the stored ones.
-fn check(what: &str, plan: PlanBuilder, base: &Base, reference: &Reference, adapter: Option<&Adapter>) {
+pub fn check(what: &str, plan: PlanBuilder, base: &Base, reference: &Reference, adapter: Option<&Adapter>) {
     let ds = dataset(base.spec(), &LENGTHS, 5);
     let (expected_loss, expected) = reference.gradients(&ds);
     let (loss, stored) = step(plan.clone(), base, adapter, &ds, Checkpointing::None);
@@ -85,7 +85,7 @@ fn check(what: &str, plan: PlanBuilder, base: &Base, reference: &Reference, adap
 }
 
 /// Scaled by 1.5: a much larger adapter saturates the attention, and rounding is amplified a hundredfold.
-fn lora_config(r: usize, targets: impl Into<Targets>) -> LoraConfig {
+pub fn lora_config(r: usize, targets: impl Into<Targets>) -> LoraConfig {
     LoraConfig { r, lora_alpha: 1.5 * r as f64, target_modules: targets.into(), ..LoraConfig::default() }
 }
 

@@ -22,7 +22,7 @@ fn counts() -> Value {
     serde_json::from_str(&std::fs::read_to_string(golden("configs/param_counts.json")).unwrap()).unwrap()
 }
 
-const SUPPORTED: [&str; 14] = [
+const SUPPORTED: [&str; 23] = [
     "mistralai/Mistral-7B-v0.1",
     "mistralai/Mistral-7B-Instruct-v0.1",
     "mistralai/Mistral-7B-Instruct-v0.2",
@@ -37,6 +37,15 @@ const SUPPORTED: [&str; 14] = [
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "HuggingFaceTB/SmolLM2-135M",
     "01-ai/Yi-6B",
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen2.5-14B",
+    "Qwen/Qwen2.5-32B",
+    "Qwen/Qwen3-8B",
+    "microsoft/Phi-3-mini-4k-instruct",
+    "google/gemma-2-2b",
+    "google/gemma-2-9b",
+    "mistralai/Mixtral-8x7B-v0.1",
 ];
 
 #[test]
@@ -93,15 +102,9 @@ fn unknown_presets_name_the_nearest() {
 
 #[test]
 fn unsupported_families_are_refused_by_name() {
-    for (id, name) in [
-        ("Qwen/Qwen2.5-7B", "qwen2"),
-        ("Qwen/Qwen3-8B", "qwen3"),
-        ("google/gemma-2-2b", "gemma2"),
-        ("microsoft/Phi-3-mini-4k-instruct", "phi3"),
-        ("mistralai/Mixtral-8x7B-v0.1", "mixtral"),
-    ] {
-        let e = ModelSpec::from_json(id, &config(id)).unwrap_err().to_string();
-        assert!(e.contains(&format!("`{name}`")) && e.contains(id), "{e}");
+    for name in ["gpt2", "qwen3_moe", "gemma3_text", "deepseek_v3"] {
+        let e = with(&[("model_type", json!(name)), ("architectures", json!(null))]).unwrap_err().to_string();
+        assert!(e.contains(&format!("`{name}`")) && e.contains("`phi3`") && e.contains("small"), "{e}");
     }
 }
 
@@ -192,8 +195,16 @@ fn absurd_configs_are_refused_with_the_field() {
         ("eos_token_id", json!(-2)),
         ("eos_token_id", json!([1, "a"])),
         ("partial_rotary_factor", json!(0.5)),
-        ("rope_scaling", json!({"type": "linear", "factor": 2.0})),
-        ("rope_scaling", json!({"rope_type": "yarn", "factor": 2.0})),
+        ("rope_scaling", json!({"type": "linear"})),
+        ("rope_scaling", json!({"rope_type": "dynamic", "factor": 0.5})),
+        ("rope_scaling", json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1.0})),
+        ("rope_scaling", json!({"rope_type": "yarn", "factor": "2"})),
+        ("rope_scaling", json!({"rope_type": "longrope", "short_factor": [1.0]})),
+        ("rope_scaling", json!({"rope_type": "mrope"})),
+        ("attention_dropout", json!(0.1)),
+        ("use_bidirectional_attention", json!(true)),
+        ("layer_types", json!(["sliding_attention"])),
+        ("layer_types", json!(["sliding_attention", "chunked_attention"])),
         ("rope_scaling", json!({"rope_type": "llama3", "factor": 2.0})),
         (
             "rope_scaling",

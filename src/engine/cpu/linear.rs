@@ -1,10 +1,25 @@
 //! Linear modules: dense or 4-bit base, with or without LoRA; forward and gradients.
 
+use rayon::prelude::*;
+
 use super::CpuOps;
+use super::math::vectorised;
 use super::matmul::{Matrix, matmul};
 use crate::engine::dropout::dropout;
 use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
 use crate::nf4::{AbsmaxRef, dequantize_into};
+
+/// Columns of a bias's gradient that one task owns: it adds all tokens to them, in order.
+const COLUMNS: usize = 64;
+
+vectorised! {
+    /// `to += x`, as many elements as `to` has.
+    fn add_to(to: &mut [f32], x: &[f32]) {
+        for (t, x) in to.iter_mut().zip(x) {
+            *t += x;
+        }
+    }
+}
 
 impl CpuOps {
     pub(super) fn linear_forward(&self, op: &Linear, scratch: Scratch) {
@@ -18,6 +33,11 @@ impl CpuOps {
             let y = unsafe { self.rows(y) };
             let w = self.base_weight(m, space);
             matmul(y, Matrix::new(x, k), Matrix::new(w, k).t(), t, n, k, 1.0, false);
+            if let Some(bias) = m.bias {
+                // SAFETY: as above.
+                let b = unsafe { self.slice::<f32>(bias.b) };
+                y.par_chunks_mut(n).for_each(|row| add_to(row, b));
+            }
         }
         let (Some(lora), Some(xa), true) = (&m.lora, op.xa, self.state.adapter) else { return };
         // SAFETY: as above.
@@ -47,6 +67,14 @@ impl CpuOps {
             // SAFETY: as above.
             let (grad, x) = unsafe { (self.slice::<f32>(grad), self.rows(x)) };
             matmul(grad, Matrix::new(dy, n).t(), Matrix::new(x, k), n, k, t, 1.0, true);
+        }
+        if let Some(grad) = m.bias.and_then(|b| b.grad) {
+            // SAFETY: as above.
+            let grad = unsafe { self.slice::<f32>(grad) };
+            grad.par_chunks_mut(COLUMNS).enumerate().for_each(|(part, grad)| {
+                let from = part * COLUMNS;
+                dy.chunks_exact(n).for_each(|row| add_to(grad, &row[from..]));
+            });
         }
         if let Some(lora) = &m.lora {
             self.lora_grad(op, lora, dy, rest);

@@ -9,6 +9,7 @@ mod attention;
 mod attention_backward;
 #[cfg(test)]
 mod autograd;
+mod columns;
 mod embedding;
 mod linear;
 mod lm_head;
@@ -232,6 +233,14 @@ impl Ops for CpuOps {
     }
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
         self.linear_grad(op, scratch);
+        Ok(())
+    }
+    fn split_columns(&mut self, op: &SplitColumns) -> Result<()> {
+        self.split(op);
+        Ok(())
+    }
+    fn join_columns(&mut self, op: &JoinColumns) -> Result<()> {
+        self.join(op);
         Ok(())
     }
     fn rotary(&mut self, op: &Rotary) -> Result<()> {

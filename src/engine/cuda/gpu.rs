@@ -17,6 +17,7 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
     ("attention_backward", include_str!("../../../kernels/cuda/attention_backward.cu")),
     ("attention_plain", include_str!("../../../kernels/cuda/attention_plain.cu")),
     ("cached_attention", include_str!("../../../kernels/cuda/cached_attention.cu")),
+    ("columns", include_str!("../../../kernels/cuda/columns.cu")),
     ("embedding", include_str!("../../../kernels/cuda/embedding.cu")),
     ("linear", include_str!("../../../kernels/cuda/linear.cu")),
     ("lm_head", include_str!("../../../kernels/cuda/lm_head.cu")),

@@ -5,6 +5,7 @@
 use candle_core::DType;
 
 use super::CudaOps;
+use super::gpu::{Arg, Launch};
 use super::matmul::Matrix;
 use super::scratch::LinearScratch;
 use crate::Result;
@@ -22,6 +23,11 @@ impl CudaOps {
             let w = self.base_weight(&m, base + space.weight)?;
             let y = Matrix::new(self.ptr(y), e, n);
             self.matmul(y, x, w.t(), (t, n, k), 1.0, 0.0)?;
+            if let Some(bias) = m.bias {
+                let args =
+                    [Arg::Ptr(y.ptr), Arg::Ptr(self.ptr(bias.b)), Arg::U64((t * n) as u64), Arg::U32(n as u32)];
+                self.gpu.launch("linear", "add_bias", self.elements(t * n), &args)?;
+            }
         }
         let (Some(lora), Some(xa), true) = (&m.lora, op.xa, self.state.adapter) else { return Ok(()) };
         let a = self.in_elem(lora.a, lora.r * k, base + space.a)?;
@@ -52,6 +58,13 @@ impl CudaOps {
             let x = Matrix::new(self.ptr(x), e, k);
             let grad = Matrix::new(self.ptr(grad), self.region(grad).dtype, k);
             self.matmul(grad, dy.t(), x, (n, k, t), 1.0, 1.0)?;
+        }
+        if let Some(grad) = m.bias.and_then(|b| b.grad) {
+            let launch = Launch { grid: [n.div_ceil(32) as u32, 1, 1], block: 1024, shared: 0 };
+            let bf16 = u32::from(self.region(grad).dtype == DType::BF16);
+            let args =
+                [Arg::Ptr(dy.ptr), Arg::Ptr(self.ptr(grad)), Arg::U32(t as u32), Arg::U32(n as u32), Arg::U32(bf16)];
+            self.gpu.launch("linear", "bias_grad", launch, &args)?;
         }
         match &m.lora {
             Some(lora) => self.lora_grad(op, lora, dy, base, space),

@@ -24,9 +24,9 @@ pub(super) struct Shape {
     /// micro_batch_size x seq.
     pub t: u128,
     pub r: u128,
-    /// Leaf name, in, out of the seven linear modules of one layer.
+    /// Leaf name, in, out of the linear modules of one layer.
     pub linears: Vec<(String, u128, u128)>,
-    /// Elements of embedding table, `lm_head` when separate, and norms.
+    /// Elements of embedding table, `lm_head` when separate, norms, biases, and the experts of a mixture.
     pub rest: u128,
     pub lm_head_tied: bool,
     pub total_params: u128,
@@ -43,9 +43,8 @@ impl Shape {
             .map(|m| (m.name.rsplit('.').next().unwrap_or_default().to_owned(), n(m.in_features), n(m.out_features)))
             .collect();
         let l = n(spec.num_hidden_layers);
-        let tables = if spec.tie_word_embeddings { 1 } else { 2 };
-        let rest = tables * n(spec.vocab_size) * c + (2 * l + 1) * c;
         let linear: u128 = linears.iter().map(|(_, i, o)| i * o).sum();
+        let rest = u128::from(spec.total_params()) - l * linear;
         Shape {
             cfg: cfg.clone(),
             l,
