@@ -12,6 +12,8 @@ mod nf4_edges;
 #[path = "suite/optimizer.rs"]
 mod optimizer;
 
+#[path = "suite/adapters.rs"]
+mod adapters;
 #[path = "suite/autograd.rs"]
 mod autograd;
 #[path = "suite/checkpoint.rs"]

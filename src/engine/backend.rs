@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Tensor};
 
 use super::layout::WeightSlot;
-use super::ops::{NestedAbsmax, Ops, Scratch, TensorId};
+use super::ops::{LinearIds, NestedAbsmax, Ops, Scratch, TensorId};
 use super::optimizer::AdamWHyper;
 use crate::data::Batch;
 use crate::model::Checkpoint;
@@ -76,6 +76,15 @@ pub trait Backend: Ops + Send {
     /// # Errors
     /// What the source and the device report.
     fn load(&mut self, slot: &WeightSlot, source: &mut WeightSource<'_>) -> Result<()>;
+
+    /// The lengths of the rows of a module's base weight, `[out]`: DoRA's magnitudes before training.
+    ///
+    /// # Errors
+    /// A device that does not compute DoRA.
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
+        let _ = linear;
+        Err(Error::new("DoRA is computed on the CPU only").next("plan with .cpu(), or merge the adapter: lora::merge"))
+    }
 
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
     ///

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use candle_core::DType;
 
-use super::ops::{Bias, LinearIds, Lora, Moments, NestedAbsmax, TensorId, Weight};
+use super::ops::{Bias, LinearIds, Lora, Magnitude, Moments, NestedAbsmax, TensorId, Weight};
 use super::optimizer::MIN_8BIT_SIZE;
 use crate::model::{LinearModule, ModelSpec};
 use crate::nf4;
@@ -172,11 +172,8 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
     let mut layers = Vec::with_capacity(spec.num_hidden_layers);
     let places = places(spec);
     for (l, modules) in linears.chunks_exact(places.len()).enumerate() {
-        let norms: Vec<NormIds> = spec
-            .norms()
-            .iter()
-            .map(|norm| b.dense(&format!("model.layers.{l}.{norm}.weight"), &[c], false))
-            .collect();
+        let norms: Vec<NormIds> =
+            spec.norms().iter().map(|norm| b.dense(&format!("model.layers.{l}.{norm}.weight"), &[c], false)).collect();
         let (input_norm, attention_out_norm, post_norm, mlp_out_norm) = match norms[..] {
             [input, attention_out, mlp, mlp_out] => (input, Some(attention_out), mlp, Some(mlp_out)),
             _ => (norms[0], None, norms[1], None),
@@ -277,6 +274,7 @@ impl Builder<'_> {
 
     fn lora(&mut self, m: &LinearModule, module: u32) -> Lora {
         let cfg = self.cfg.lora.as_ref().expect("targets exist only with an adapter");
+        let cfg = cfg.of(&m.name).expect("the patterns were checked with the configuration");
         let (a_name, b_name) = (format!("{}.lora_A.weight", m.name), format!("{}.lora_B.weight", m.name));
         let (a_shape, b_shape) = ([cfg.r, m.in_features], [m.out_features, cfg.r]);
         let a = self.regions.persistent(&a_name, Stage::Adapters, DType::F32, &a_shape);
@@ -284,8 +282,14 @@ impl Builder<'_> {
         let grads = (self.cfg.method != Method::Inference).then(|| {
             (self.trainable(&a_name, a, None, &a_shape, true), self.trainable(&b_name, b, None, &b_shape, true))
         });
-        let lora =
-            Lora { a, b, grads, r: cfg.r, scaling: cfg.scaling() as f32, dropout: cfg.lora_dropout as f32, module };
+        let magnitude = cfg.use_dora.then(|| {
+            let (name, shape) = (format!("{}.lora_magnitude_vector", m.name), [m.out_features]);
+            let id = self.regions.persistent(&name, Stage::Adapters, DType::F32, &shape);
+            let grad = grads.map(|_| self.trainable(&name, id, None, &shape, true));
+            Magnitude { m: id, grad }
+        });
+        let (scaling, dropout) = (cfg.scaling() as f32, cfg.lora_dropout as f32);
+        let lora = Lora { a, b, grads, r: cfg.r, scaling, dropout, module, magnitude };
         self.adapters.insert(m.name.clone(), lora);
         lora
     }

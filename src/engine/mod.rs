@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::data::{Batch, IGNORE_INDEX};
-use crate::plan::{DeviceKind, Lifetime, MemoryPlan, Phase};
+use crate::plan::{DeviceKind, Lifetime, MemoryPlan, Phase, Stage};
 use crate::{Error, Result};
 use backend::{Backend, StepState};
 use cpu::CpuOps;
@@ -104,7 +104,8 @@ impl Engine {
 
     fn write_frequencies(&mut self) -> Result<()> {
         let spec = self.plan.spec();
-        let frequencies: Vec<f32> = spec.inv_freq().into_iter().chain(spec.long_inv_freq().unwrap_or_default()).collect();
+        let frequencies: Vec<f32> =
+            spec.inv_freq().into_iter().chain(spec.long_inv_freq().unwrap_or_default()).collect();
         self.ops.write(self.plan.layout().inv_freq, bytemuck::cast_slice(&frequencies))
     }
 
@@ -353,7 +354,9 @@ impl Engine {
 fn dead_after(plan: &MemoryPlan, phase: Phase, i: u32) -> Vec<TensorId> {
     let ends = |lifetime: Lifetime| matches!(lifetime, Lifetime::Within { phase: p, last, first } if p == phase && last == i && first <= last);
     let regions = plan.regions().iter().enumerate();
-    regions.filter(|(_, r)| ends(r.lifetime)).map(|(n, _)| TensorId(n as u32)).collect()
+    // A cache is filled over many runs of its program.
+    let ended = regions.filter(|(_, r)| r.stage != Stage::KvCache && ends(r.lifetime));
+    ended.map(|(n, _)| TensorId(n as u32)).collect()
 }
 
 impl std::fmt::Debug for Engine {

@@ -71,6 +71,19 @@ pub struct Lora {
     pub dropout: f32,
     /// A number of its own for each module: the dropout masks differ.
     pub module: u32,
+    /// DoRA: the rows of `W + scaling * B A` get these lengths.
+    pub magnitude: Option<Magnitude>,
+}
+
+/// DoRA's learnt lengths of the rows of a weight (arXiv 2402.09353): the module computes
+/// `y = m / n * (x W^T + scaling * (x A^T) B^T) + b` with `n` the lengths of the rows of `W + scaling * B A`, through which
+/// no gradient goes (section 4.3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Magnitude {
+    /// f32 `[out]`.
+    pub m: TensorId,
+    /// Accumulated gradient, f32; `None` when nothing is trained.
+    pub grad: Option<TensorId>,
 }
 
 /// What a linear module adds to its product.

@@ -280,12 +280,7 @@ impl<'a> Pass<'a> {
 
     /// A product's output normed on its own, where the layer has such a norm: what is added to the stream, and what the
     /// backward pass reads.
-    fn out_norm(
-        &mut self,
-        x: TensorId,
-        norm: Option<NormIds>,
-        at: &str,
-    ) -> (TensorId, Option<(TensorId, TensorId)>) {
+    fn out_norm(&mut self, x: TensorId, norm: Option<NormIds>, at: &str) -> (TensorId, Option<(TensorId, TensorId)>) {
         let Some(norm) = norm else { return (x, None) };
         let (out, rstd) = self.add_norm(x, None, norm, at);
         (out, Some((x, rstd)))

@@ -34,6 +34,7 @@ impl Op {
                 }
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
+                    add(lora.magnitude.map(|m| m.m).as_slice());
                 }
             }
             Op::LinearBackward(o) => {
@@ -41,13 +42,17 @@ impl Op {
                 for id in [o.x, o.xa, o.dx] {
                     add(id.as_slice());
                 }
-                if o.dx.is_some() {
+                if o.dx.is_some() || o.linear.lora.is_some_and(|l| l.magnitude.is_some()) {
                     add(&weight_tensors(&o.linear));
                 }
                 add(o.linear.grad.as_slice());
                 add(o.linear.bias.and_then(|b| b.grad).as_slice());
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
+                    if let Some(m) = lora.magnitude {
+                        add(&[m.m]);
+                        add(m.grad.as_slice());
+                    }
                     if let Some((grad_a, grad_b)) = lora.grads {
                         add(&[grad_a, grad_b]);
                     }

@@ -205,7 +205,9 @@ fn refuse_variants(f: &Fields<'_>, family: Family) -> Result<()> {
                 .at(key)
                 .expected("0, or no such key")
                 .found(f.map.get(key).map(Value::to_string).unwrap_or_default())
-                .next("set it to 0 in config.json: it takes part in training only; lora_dropout is the adapter's own"));
+                .next(
+                    "set it to 0 in config.json: it takes part in training only; lora_dropout is the adapter's own",
+                ));
         }
     }
     if f.bool("use_bidirectional_attention", false)? {

@@ -177,18 +177,8 @@ const PRESETS: &[Preset] = &[
         rms_norm_eps: 1e-6,
         ..QWEN2
     },
-    Preset {
-        name: "qwen2.5-14b",
-        hub_id: "Qwen/Qwen2.5-14B",
-        sizes: [152_064, 5120, 13_824, 48, 40, 8],
-        ..QWEN2
-    },
-    Preset {
-        name: "qwen2.5-32b",
-        hub_id: "Qwen/Qwen2.5-32B",
-        sizes: [152_064, 5120, 27_648, 64, 40, 8],
-        ..QWEN2
-    },
+    Preset { name: "qwen2.5-14b", hub_id: "Qwen/Qwen2.5-14B", sizes: [152_064, 5120, 13_824, 48, 40, 8], ..QWEN2 },
+    Preset { name: "qwen2.5-32b", hub_id: "Qwen/Qwen2.5-32B", sizes: [152_064, 5120, 27_648, 64, 40, 8], ..QWEN2 },
     Preset {
         name: "qwen3-8b",
         hub_id: "Qwen/Qwen3-8B",
@@ -209,18 +199,8 @@ const PRESETS: &[Preset] = &[
         pad: Some(32_000),
         ..LLAMA
     },
-    Preset {
-        name: "gemma-2-2b",
-        hub_id: "google/gemma-2-2b",
-        sizes: [256_000, 2304, 9216, 26, 8, 4],
-        ..GEMMA2
-    },
-    Preset {
-        name: "gemma-2-9b",
-        hub_id: "google/gemma-2-9b",
-        sizes: [256_000, 3584, 14_336, 42, 16, 8],
-        ..GEMMA2
-    },
+    Preset { name: "gemma-2-2b", hub_id: "google/gemma-2-2b", sizes: [256_000, 2304, 9216, 26, 8, 4], ..GEMMA2 },
+    Preset { name: "gemma-2-9b", hub_id: "google/gemma-2-9b", sizes: [256_000, 3584, 14_336, 42, 16, 8], ..GEMMA2 },
     Preset {
         name: "mixtral-8x7b-v0.1",
         hub_id: "mistralai/Mixtral-8x7B-v0.1",

@@ -65,9 +65,7 @@ impl RopeScaling {
                     (1.0 - smooth) * f / factor + smooth * f
                 }
             }
-            RopeScaling::Yarn {
-                factor, beta_fast, beta_slow, truncate, original_max_position_embeddings, ..
-            } => {
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, truncate, original_max_position_embeddings, .. } => {
                 let d = head_dim as f64;
                 // The dimension at which a frequency turns `rotations` times within the pretrained length.
                 let dimension = |rotations: f64| {

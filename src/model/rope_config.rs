@@ -7,12 +7,7 @@ use super::spec::{Family, RopeScaling};
 use crate::{Error, Result};
 
 /// Base and scaling. transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart.
-pub(super) fn read(
-    f: &Fields<'_>,
-    family: Family,
-    max_position: usize,
-    head_dim: usize,
-) -> Result<(f64, RopeScaling)> {
+pub(super) fn read(f: &Fields<'_>, family: Family, max_position: usize, head_dim: usize) -> Result<(f64, RopeScaling)> {
     let section = ["rope_scaling", "rope_parameters"].into_iter().find(|k| f.map.get(*k).is_some_and(|v| !v.is_null()));
     let theta = |f: &Fields<'_>, default| f.float("rope_theta", default, 1.0, 1e18);
     let top = theta(f, Some(if family == Family::Mixtral { 1e6 } else { 10_000.0 }))?;

@@ -304,6 +304,13 @@ impl ModelSpec {
         out
     }
 
+    /// The linear modules and the embedding table (`model.embed_tokens`, `[V, C]`): every matrix that an adapter can change.
+    pub fn matrices(&self) -> Vec<LinearModule> {
+        let (name, out_features) = ("model.embed_tokens".into(), self.vocab_size);
+        let table = LinearModule { name, out_features, in_features: self.hidden_size, bias: false, layer: None };
+        [table].into_iter().chain(self.linears()).collect()
+    }
+
     /// Every tensor of a checkpoint of this model, in the order of the network. A tied `lm_head` is left out.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let c = self.hidden_size;

@@ -235,7 +235,14 @@ impl Reference {
     }
 
     /// Modules side by side, or one whose columns are cut.
-    fn side_by_side<const N: usize>(&self, x: &Tensor, at: &str, names: [&str; N], fused: &str, widths: [usize; N]) -> [Tensor; N] {
+    fn side_by_side<const N: usize>(
+        &self,
+        x: &Tensor,
+        at: &str,
+        names: [&str; N],
+        fused: &str,
+        widths: [usize; N],
+    ) -> [Tensor; N] {
         if !self.spec.family.is_fused() {
             return names.map(|name| self.linear(x, &format!("{at}.{name}")));
         }
@@ -258,7 +265,8 @@ impl Reference {
         if self.spec.activation == Activation::Silu {
             return x.silu().unwrap();
         }
-        let inner = ((x + (x.powf(3.0).unwrap() * 0.044715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+        let inner =
+            ((x + (x.powf(3.0).unwrap() * 0.044715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
         ((x * 0.5).unwrap() * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap()
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::DType;
 use half::bf16;
-use serde_json::json;
+use serde_json::{Value, json};
 use tunebook::engine::Engine;
 use tunebook::files::write_atomic_bytes;
 use tunebook::model::{Base, ModelSpec, ShardedWriter, TensorHeader, pt_metadata};

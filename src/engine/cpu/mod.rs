@@ -11,7 +11,7 @@ mod attention_backward;
 mod autograd;
 mod columns;
 mod embedding;
-mod linear;
+pub(crate) mod linear;
 mod lm_head;
 mod math;
 mod matmul;
@@ -176,6 +176,10 @@ impl Backend for CpuOps {
                 write_quantized(self, &q, packed, absmax, nested)
             }
         }
+    }
+
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
+        Ok(self.lengths(linear))
     }
 
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.

@@ -58,7 +58,11 @@ impl Tiled {
 impl CudaOps {
     /// The tiled kernels, where they can run.
     fn tiled(&self, heads: Heads, score: Score) -> Option<Tiled> {
-        let tiled = if self.is_bf16() && !self.plain_attention && score.is_plain(heads.dim) { Tiled::new(heads.dim) } else { None };
+        let tiled = if self.is_bf16() && !self.plain_attention && score.is_plain(heads.dim) {
+            Tiled::new(heads.dim)
+        } else {
+            None
+        };
         tiled.filter(|t| t.forward_shared.max(t.backward_shared) <= self.gpu.shared_limit)
     }
 

@@ -24,8 +24,7 @@ impl CudaOps {
             let y = Matrix::new(self.ptr(y), e, n);
             self.matmul(y, x, w.t(), (t, n, k), 1.0, 0.0)?;
             if let Some(bias) = m.bias {
-                let args =
-                    [Arg::Ptr(y.ptr), Arg::Ptr(self.ptr(bias.b)), Arg::U64((t * n) as u64), Arg::U32(n as u32)];
+                let args = [Arg::Ptr(y.ptr), Arg::Ptr(self.ptr(bias.b)), Arg::U64((t * n) as u64), Arg::U32(n as u32)];
                 self.gpu.launch("linear", "add_bias", self.elements(t * n), &args)?;
             }
         }

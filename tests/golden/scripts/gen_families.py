@@ -49,6 +49,7 @@ ADAPTERS = {
     "phi3": ("phi3", dict(target_modules="all-linear")),
     "qwen2-dora": ("qwen2", dict(target_modules="all-linear", use_dora=True)),
     "gemma2-dora-rslora": ("gemma2", dict(target_modules=["q_proj", "down_proj", "o_proj"], use_dora=True, use_rslora=True)),
+    "qwen2-bias": ("qwen2", dict(target_modules=["q_proj", "v_proj"], bias="all")),
     "phi3-dora": ("phi3", dict(target_modules=["qkv_proj", "down_proj"], use_dora=True)),
 }
 
@@ -70,7 +71,7 @@ def draw(model, gemma):
 
 def texts():
     g = torch.Generator().manual_seed(3)
-    return [torch.randint(0, SMALL["vocab_size"], (1, n), generator=g) for n in LENGTHS]
+    return [torch.randint(3, SMALL["vocab_size"], (1, n), generator=g) for n in LENGTHS]
 
 
 def run(model):
@@ -115,7 +116,17 @@ for name in MODELS:
     (at / "generation_config.json").unlink(missing_ok=True)
     print(name, float(io["loss"]), sum(p.numel() for p in model.parameters()))
 
+# PiSSA's start: A and B as PEFT draws them from the weights.
+model, _ = build("qwen2")
+model = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", init_lora_weights="pissa",
+                                         target_modules=["q_proj", "down_proj"]))
+# The files say that they need the changed base, which is not what is compared here.
+model.peft_config["default"].init_lora_weights = True
+model.save_pretrained(OUT / "peft" / "qwen2-pissa")
+(OUT / "peft" / "qwen2-pissa" / "README.md").unlink(missing_ok=True)
+
 for name, (base, changes) in ADAPTERS.items():
+    torch.manual_seed(5)
     model, _ = build(base)
     config = LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **changes)
     model = get_peft_model(model, config).eval()
@@ -123,6 +134,8 @@ for name, (base, changes) in ADAPTERS.items():
     for key, p in model.named_parameters():
         if "lora_B" in key:
             p.data.copy_(0.3 * torch.randn(p.shape, generator=g))
+        if key.endswith("bias") and p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=g))
         if "magnitude" in key:
             p.data.mul_(1 + 0.2 * torch.randn(p.shape, generator=g))
     io = run(model)
@@ -134,7 +147,7 @@ for name, (base, changes) in ADAPTERS.items():
     (at / "README.md").unlink(missing_ok=True)
     save_file(io, at / "io.safetensors", {"format": "pt"})
     merged = model.merge_and_unload()
-    keep = ("q_proj", "qkv_proj", "o_proj", "down_proj")
+    keep = ("q_proj", "qkv_proj", "o_proj", "down_proj", "bias")
     save_file({k: p.detach().contiguous() for k, p in merged.named_parameters() if ".0." in k and any(m in k for m in keep)},
               at / "merged.safetensors", {"format": "pt"})
     print(name, float(io["loss"]))

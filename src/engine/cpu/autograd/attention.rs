@@ -179,7 +179,8 @@ fn cached_case(pieces: &[usize], heads: Heads, score: Score) {
             (b.weight(&[total + SPARE, wk], &caches[0]), b.weight(&[total + SPARE, wk], &caches[1]));
         let positions: Vec<u32> = (at as u32..(at + n) as u32).collect();
         let positions = b.u32s(&positions);
-        let cpu = b.run(&[Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads, score })]);
+        let cpu =
+            b.run(&[Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads, score })]);
         close(&format!("{pieces:?} {heads:?} at {at}"), &rows(&cpu, out), &expected[at * wq..][..n * wq], TOLERANCE);
         caches = vec![cpu.read(k_cache), cpu.read(v_cache)];
         at += n;

@@ -28,7 +28,18 @@ struct Case {
 
 impl Case {
     fn new(tokens: usize, (out, k): (usize, usize)) -> Self {
-        Case { tokens, out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: false, bias: false, dx: true }
+        Case {
+            tokens,
+            out,
+            k,
+            quant: None,
+            r: 0,
+            dropout: 0.0,
+            accumulate: false,
+            trained: false,
+            bias: false,
+            dx: true,
+        }
     }
 }
 
@@ -67,12 +78,12 @@ fn check(case: Case) {
         scaling: SCALING,
         dropout: case.dropout,
         module: 9,
+        magnitude: None,
     });
     let (bias_values, dbias_before) = (b.random(n), b.random(n));
-    let bias = case.bias.then(|| Bias {
-        b: b.weight(&[n], &bias_values),
-        grad: case.trained.then(|| b.weight(&[n], &dbias_before)),
-    });
+    let bias = case
+        .bias
+        .then(|| Bias { b: b.weight(&[n], &bias_values), grad: case.trained.then(|| b.weight(&[n], &dbias_before)) });
     let linear = LinearIds { out_features: n, in_features: k, weight, grad, bias, lora };
     let (x_id, y, dy_id) = (b.act(k, &x), b.out(n), b.act(n, &dy));
     let (xa, xa_again) = (lora.map(|_| b.out(r)), lora.map(|_| b.out(r)));
@@ -193,7 +204,7 @@ fn forward(change: impl Fn(&mut StepState)) -> Vec<f32> {
     let (x, w, a, bb) = (b.random(t * k), b.random(n * k), b.random(r * k), b.random(n * r));
     let weight = Weight::Dense { w: b.weight(&[n, k], &w) };
     let (a, bb) = (b.weight(&[r, k], &a), b.weight(&[n, r], &bb));
-    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.3, module: 9 });
+    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.3, module: 9, magnitude: None });
     let (x, y, xa) = (b.act(k, &x), b.out(n), b.out(r));
     change(&mut b.state);
     let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };

@@ -54,7 +54,16 @@ fn capped_check(
     let dx = trains.then(|| b.out(c));
     let grad = head.then(|| b.weight(&[v, c], &dw_before));
     let loss_id = b.region(DType::F64, &[2], &[f64::NAN; 2]);
-    let cpu = b.run(&[Op::LmHeadCe(LmHeadCe { x: x_id, weight, labels: labels_id, dx, grad, loss: loss_id, chunk, softcap })]);
+    let cpu = b.run(&[Op::LmHeadCe(LmHeadCe {
+        x: x_id,
+        weight,
+        labels: labels_id,
+        dx,
+        grad,
+        loss: loss_id,
+        chunk,
+        softcap,
+    })]);
     let found = cpu.read::<f64>(loss_id);
     assert_eq!(found[1], labelled as f64, "{what}");
     if labelled == 0 {
@@ -103,7 +112,8 @@ fn a_sure_answer_costs_nothing_and_large_logits_do_not_overflow() {
     let (x, weight) = (b.act(c, &x), b.weight(&[v, c], &w));
     let labels = b.region(DType::I32, &[t], &[5i32, 5, 4]);
     let (dx, loss) = (b.out(c), b.region(DType::F64, &[2], &[0f64; 2]));
-    let cpu = b.run(&[Op::LmHeadCe(LmHeadCe { x, weight, labels, dx: Some(dx), grad: None, loss, chunk: 2, softcap: None })]);
+    let cpu =
+        b.run(&[Op::LmHeadCe(LmHeadCe { x, weight, labels, dx: Some(dx), grad: None, loss, chunk: 2, softcap: None })]);
     assert_eq!(cpu.read::<f64>(loss), [1000.0, 3.0]);
     assert!(rows(&cpu, dx).iter().all(|g| g.is_finite()));
 }
@@ -119,7 +129,8 @@ fn logits_of_all_and_of_the_last_token() {
         let mut cpu = b.run(&[]);
         let logits = tensor(&x, &[t, c]).matmul(&tensor(&w, &[v, c]).t().unwrap()).unwrap();
         let expected = flat(&capped(logits, softcap));
-        cpu.lm_head_logits(&LmHeadLogits { x: x_id, weight, logits: some, chunk: 7, last_only: false, softcap }).unwrap();
+        cpu.lm_head_logits(&LmHeadLogits { x: x_id, weight, logits: some, chunk: 7, last_only: false, softcap })
+            .unwrap();
         close("all logits", &cpu.logits, &expected, TOLERANCE);
         cpu.lm_head_logits(&LmHeadLogits { x: x_id, weight, logits: one, chunk: 1, last_only: true, softcap }).unwrap();
         close("last logits", &cpu.logits, &expected[(t - 1) * v..], TOLERANCE);

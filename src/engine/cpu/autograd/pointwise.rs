@@ -209,14 +209,17 @@ fn rotary_and_its_gradient() {
 
 /// GELU's tanh form, spelt out.
 fn gelu(x: &Tensor) -> Tensor {
-    let inner = ((x + (x.powf(3.0).unwrap() * 0.044715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+    let inner =
+        ((x + (x.powf(3.0).unwrap() * 0.044715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
     ((x * 0.5).unwrap() * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap()
 }
 
 #[test]
 fn swiglu_and_its_gradient() {
     for t in TOKENS {
-        for (f, activation) in [1, 33, 160, 1000].into_iter().flat_map(|f| [(f, Activation::Silu), (f, Activation::GeluTanh)]) {
+        for (f, activation) in
+            [1, 33, 160, 1000].into_iter().flat_map(|f| [(f, Activation::Silu), (f, Activation::GeluTanh)])
+        {
             let mut b = Bench::new(t);
             let (gate, up, dout) = (b.random(t * f), b.random(t * f), b.random(t * f));
             // Also where exp overflows and where it vanishes.

@@ -68,7 +68,9 @@ fn gradient() {
     for t in TOKENS {
         let mut b = Bench::new(t);
         for c in widths() {
-            for (accumulate, trained, offset) in [(false, false, 0.0), (true, false, 0.0), (true, true, 0.0), (true, true, 1.0)] {
+            for (accumulate, trained, offset) in
+                [(false, false, 0.0), (true, false, 0.0), (true, true, 0.0), (true, true, 1.0)]
+            {
                 b.part(format!("C {c}, accumulate {accumulate}, trained {trained}, offset {offset}"));
                 let (x, w, dout, before) = (b.random(t * c), b.random(c), b.random(t * c), b.random(t * c));
                 let (rstd, grad_before) = (rstds(&x, c), b.random(c));
@@ -113,7 +115,8 @@ fn heads_one_by_one() {
             b.part(format!("{heads} heads of {d}"));
             let width = heads * d;
             let (x, w, dout, grad) = (b.random(t * width), b.random(d), b.random(t * width), b.random(d));
-            let (residual, weight, dout) = (b.act("q", width, &x), b.elems("weight", &[d], &w), b.act("dout", width, &dout));
+            let (residual, weight, dout) =
+                (b.act("q", width, &x), b.elems("weight", &[d], &w), b.act("dout", width, &dout));
             let (out, rstd, dx) = (b.out("out", width), b.out_f32("rstd", heads), b.out("dx", width));
             let grad = b.f32s("grad", &[d], &grad);
             let (delta, sum, offset) = (None, None, 0.0);

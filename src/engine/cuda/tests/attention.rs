@@ -96,14 +96,7 @@ fn plain_backward([q, k, v, out, dout]: [&[f32]; 5], lengths: &[usize], heads: H
 }
 
 /// The outputs of the forward pass on the CPU: what the backward pass starts from.
-fn kept(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    lengths: &[usize],
-    heads: Heads,
-    score: Score,
-) -> (Vec<f32>, Vec<f32>) {
+fn kept(q: &[f32], k: &[f32], v: &[f32], lengths: &[usize], heads: Heads, score: Score) -> (Vec<f32>, Vec<f32>) {
     let mut b = Bench::examples(lengths);
     let (wq, wk, n) = (heads.q * heads.dim, heads.kv * heads.dim, b.tokens);
     let (q, k, v) = (b.act("q", wq, q), b.act("k", wk, k), b.act("v", wk, v));

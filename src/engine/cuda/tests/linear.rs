@@ -83,6 +83,7 @@ fn case(b: &mut Bench, case: Case) {
         scaling: SCALING,
         dropout: case.dropout,
         module: MODULE,
+        magnitude: None,
     });
     let (bias_values, dbias_before) = (b.random(n), b.random(n));
     let bias = case.bias.then(|| Bias {
@@ -257,7 +258,7 @@ fn the_adapter_can_be_off() {
     let (x, w, a, bb) = (b.random(t * k), b.random(n * k), b.random(r * k), b.random(n * r));
     let weight = Weight::Dense { w: b.elems("weight", &[n, k], &w) };
     let (a, bb) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
-    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE });
+    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE, magnitude: None });
     let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), b.out("xa", r));
     let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };
     // xa is not written.

@@ -15,13 +15,7 @@ fn weights(b: &mut Bench, v: usize, c: usize) -> Vec<f32> {
 }
 
 /// `dx` and what is added to `grad`.
-fn plain(
-    x: &[f32],
-    w: &[f32],
-    labels: &[i32],
-    (v, c): (usize, usize),
-    softcap: Option<f32>,
-) -> (Vec<f32>, Vec<f32>) {
+fn plain(x: &[f32], w: &[f32], labels: &[i32], (v, c): (usize, usize), softcap: Option<f32>) -> (Vec<f32>, Vec<f32>) {
     let t = labels.len();
     let mut d = product(x, &transposed(w, v, c), t, c, v);
     for (row, &label) in d.chunks_exact_mut(v).zip(labels) {
@@ -48,14 +42,7 @@ fn case(b: &mut Bench, (v, c): (usize, usize), chunk: usize, trains: bool, head:
     capped_case(b, (v, c), chunk, trains, head, None);
 }
 
-fn capped_case(
-    b: &mut Bench,
-    (v, c): (usize, usize),
-    chunk: usize,
-    trains: bool,
-    head: bool,
-    softcap: Option<f32>,
-) {
+fn capped_case(b: &mut Bench, (v, c): (usize, usize), chunk: usize, trains: bool, head: bool, softcap: Option<f32>) {
     b.part(format!("V {v}, C {c}, chunk {chunk}, trains {trains} head {head}, soft cap {softcap:?}"));
     let t = b.tokens;
     let (x, w, before) = (b.random(t * c), weights(b, v, c), b.random(v * c));

@@ -14,7 +14,12 @@ fn swiglu_and_its_gradient() {
     for t in TOKENS {
         let mut b = Bench::new(t);
         for f in WIDTHS.into_iter().chain([1, 1000]) {
-            let kinds = [(1.0, Activation::Silu), (60.0, Activation::Silu), (1.0, Activation::GeluTanh), (60.0, Activation::GeluTanh)];
+            let kinds = [
+                (1.0, Activation::Silu),
+                (60.0, Activation::Silu),
+                (1.0, Activation::GeluTanh),
+                (60.0, Activation::GeluTanh),
+            ];
             for (factor, activation) in kinds {
                 b.part(format!("F {f}, gates up to {}, {activation:?}", factor * 3.0));
                 let (gate, up, dout) = (b.random(t * f), b.random(t * f), b.random(t * f));
