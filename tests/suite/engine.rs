@@ -83,7 +83,9 @@ fn adapted(plan: PlanBuilder, base: &Base, adapter: &Adapter, io: &str, batch: &
     let mut engine = Engine::new(&plan.build().unwrap()).unwrap();
     engine.fill_dead_regions(true);
     engine.load(base).unwrap();
+    engine.enable_adapter(false);
     let alone = engine.logits(batch.clone()).unwrap();
+    engine.enable_adapter(true);
     engine.load_adapter(adapter).unwrap();
     let logits = engine.logits(batch.clone()).unwrap();
     engine.enable_adapter(false);
