@@ -33,7 +33,7 @@ vectorised! {
 }
 
 /// GELU's tanh form is `x * sigmoid(z)`, `z = 2 sqrt(2 / pi) (x + 0.044715 x^3)`.
-const GELU_LINEAR: f32 = 1.595_769_1;
+const GELU_LINEAR: f32 = 1.595_769;
 const GELU_CUBIC: f32 = GELU_LINEAR * 0.044_715;
 
 vectorised! {

@@ -72,15 +72,17 @@ fn capped_check(
         assert!(grad.is_none_or(|g| cpu.read::<f32>(g) == dw_before), "{what}");
         return;
     }
+    // Near the cap its slope is a difference of nearly equal numbers.
+    let tolerance = if softcap.is_some() { 3e-5 } else { TOLERANCE };
     let (xv, wv) = (var(&x, &[t, c]), var(&w, &[v, c]));
     let expected = loss(&xv, &wv, &labels, softcap);
     close(&what, &[found[0] as f32], &flat(&expected), 1e-6);
     let g = gradients(&expected, &Tensor::new(f64::from(SCALE), &Device::Cpu).unwrap(), &[&xv, &wv]);
     if let Some(dx) = dx {
-        close(&format!("{what} dx"), &rows(&cpu, dx), &g[0], TOLERANCE);
+        close(&format!("{what} dx"), &rows(&cpu, dx), &g[0], tolerance);
     }
     if let Some(grad) = grad {
-        close(&format!("{what} dw"), &cpu.read(grad), &plus(&dw_before, &g[1]), TOLERANCE);
+        close(&format!("{what} dw"), &cpu.read(grad), &plus(&dw_before, &g[1]), tolerance);
     }
 }
 
