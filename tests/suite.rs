@@ -12,6 +12,8 @@ mod nf4_edges;
 #[path = "suite/optimizer.rs"]
 mod optimizer;
 
+#[path = "suite/adapters.rs"]
+mod adapters;
 #[path = "suite/autograd.rs"]
 mod autograd;
 #[path = "suite/checkpoint.rs"]
@@ -30,6 +32,8 @@ mod engine;
 mod engine_errors;
 #[path = "suite/estimate.rs"]
 mod estimate;
+#[path = "suite/families.rs"]
+mod families;
 #[path = "suite/generate.rs"]
 mod generate;
 #[path = "suite/kill_resume.rs"]

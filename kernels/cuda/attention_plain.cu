@@ -2,7 +2,8 @@
 // attention.cu and attention_backward.cu, against which they are checked, and what other sizes and f32 run.
 //
 // q, out, dout, dq [T, H, D], k, v, dk, dv [T, K, D]; lse and delta [T, H] f32; cu_seqlens [B + 1] u32; `window` > 0: the
-// query at position p sees the keys p - window + 1 ..= p, else 0 ..= p.
+// query at position p sees the keys p - window + 1 ..= p, else 0 ..= p. Scores are `scale` q . k; with `cap` > 0 they are
+// cap * tanh(that / cap).
 //
 // 128 threads, 4 warps. A warp owns one row of queries (attention_plain, attention_plain_queries: grid
 // (ceil(longest example / 4), H, B)) or of keys (attention_plain_keys: grid (ceil(longest example / 4), K, B)) and goes
@@ -13,6 +14,14 @@
 #define WARPS 4
 #define MAX_DIM 256
 #define COLUMNS (MAX_DIM / WARP)
+
+__device__ __forceinline__ float capped(float score, float cap) { return cap > 0.0f ? cap * tanhf(score / cap) : score; }
+
+// The derivative of `capped` from its value.
+__device__ __forceinline__ float slope(float score, float cap) {
+    const float share = cap > 0.0f ? score / cap : 0.0f;
+    return 1.0f - share * share;
+}
 
 // Copies a row to shared memory, as f32.
 __device__ __forceinline__ void load_row(float* to, const elem* from, u32 dim) {
@@ -60,7 +69,8 @@ __device__ __forceinline__ void write_row(elem* to, const float (&acc)[COLUMNS],
 
 extern "C" __global__ void __launch_bounds__(128, 1) attention_plain(
     const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v, elem* __restrict__ out,
-    float* __restrict__ lse, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window
+    float* __restrict__ lse, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
+    float scale, float cap
 ) {
     __shared__ __align__(16) float rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -75,12 +85,11 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain(
     __syncwarp();
 
     const float minus_infinity = __int_as_float(0xff800000);
-    const float scale = 1.0f / sqrtf((float)dim);
     float acc[COLUMNS] = {};
     float top = minus_infinity, sum = 0.0f;
     for (i32 key = window ? max(query + 1 - (i32)window, 0) : 0; key <= query; key += WARP) {
         const i32 count = min(query + 1 - key, WARP);
-        const float s = lane < count ? scale * dot(rows[warp], k + (key + lane) * stride, dim) : minus_infinity;
+        const float s = lane < count ? capped(scale * dot(rows[warp], k + (key + lane) * stride, dim), cap) : minus_infinity;
         const float largest = fmaxf(top, warp_max(s)), shrink = expf(top - largest), p = expf(s - largest);
         top = largest;
         sum = sum * shrink + warp_sum(p);
@@ -95,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain(
 extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_queries(
     const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v, const elem* __restrict__ dout,
     const float* __restrict__ lse, const float* __restrict__ delta, elem* __restrict__ dq,
-    const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window
+    const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
+    float scale, float cap
 ) {
     __shared__ __align__(16) float q_rows[WARPS][MAX_DIM], dout_rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -110,15 +120,15 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_queries(
     load_row(dout_rows[warp], dout + row * dim, dim);
     __syncwarp();
 
-    const float scale = 1.0f / sqrtf((float)dim), row_lse = lse[row], row_delta = delta[row];
+    const float row_lse = lse[row], row_delta = delta[row];
     float acc[COLUMNS] = {};
     for (i32 key = window ? max(query + 1 - (i32)window, 0) : 0; key <= query; key += WARP) {
         const i32 count = min(query + 1 - key, WARP);
         float ds = 0.0f;
         if (lane < count) {
             const i64 at = (key + lane) * stride;
-            const float p = expf(scale * dot(q_rows[warp], k + at, dim) - row_lse);
-            ds = p * (dot(dout_rows[warp], v + at, dim) - row_delta);
+            const float s = capped(scale * dot(q_rows[warp], k + at, dim), cap), p = expf(s - row_lse);
+            ds = p * (dot(dout_rows[warp], v + at, dim) - row_delta) * slope(s, cap);
         }
         add_rows(acc, ds, k + key * stride, stride, count, dim);
     }
@@ -128,7 +138,8 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_queries(
 extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_keys(
     const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v, const elem* __restrict__ dout,
     const float* __restrict__ lse, const float* __restrict__ delta, elem* __restrict__ dk, elem* __restrict__ dv,
-    const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window
+    const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
+    float scale, float cap
 ) {
     __shared__ __align__(16) float k_rows[WARPS][MAX_DIM], v_rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -141,7 +152,6 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_keys(
     load_row(v_rows[warp], v + row * dim, dim);
     __syncwarp();
 
-    const float scale = 1.0f / sqrtf((float)dim);
     const i32 end = window ? (i32)min((i64)key + window, (i64)length) : length;
     float dk_acc[COLUMNS] = {}, dv_acc[COLUMNS] = {};
     for (u32 head = kv_head * group; head < (kv_head + 1) * group; head++) {
@@ -151,8 +161,9 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_keys(
             float p = 0.0f, ds = 0.0f;
             if (lane < count) {
                 const i64 other = at + (query + lane) * stride, t = (start + query + lane) * heads + head;
-                p = expf(scale * dot(k_rows[warp], q + other, dim) - lse[t]);
-                ds = p * (dot(v_rows[warp], dout + other, dim) - delta[t]);
+                const float s = capped(scale * dot(k_rows[warp], q + other, dim), cap);
+                p = expf(s - lse[t]);
+                ds = p * (dot(v_rows[warp], dout + other, dim) - delta[t]) * slope(s, cap);
             }
             add_rows(dv_acc, p, dout + at + query * stride, stride, count, dim);
             add_rows(dk_acc, ds, q + at + query * stride, stride, count, dim);

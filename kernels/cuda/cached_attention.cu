@@ -1,7 +1,8 @@
 // Attention of new tokens over a cache of keys and values, for any head size up to 256, f32 or bf16.
 //
 // q, out [T, H, D]; k, v [T, K, D]; k_cache, v_cache [S, K, D]; positions [T] u32: where each token's key and value go. The
-// token at position p sees the cached keys 0 ..= p (with `window` > 0: p - window + 1 ..= p).
+// token at position p sees the cached keys 0 ..= p (with `window` > 0: p - window + 1 ..= p). Scores are `scale` q . k; with `cap` > 0 they are
+// cap * tanh(that / cap).
 //
 // cache_append: grid (ceil(K * D / 256), T), 256 threads; runs first, since tokens see each other.
 // cached_attention: grid (H, T), 256 threads; a block owns one token and head, its 8 warps every eighth 32 keys: first each
@@ -41,7 +42,8 @@ __device__ __forceinline__ float dot(const float* a, const elem* b, u32 dim) {
 
 extern "C" __global__ void __launch_bounds__(256, 1) cached_attention(
     const elem* __restrict__ q, const elem* __restrict__ k_cache, const elem* __restrict__ v_cache,
-    elem* __restrict__ out, const u32* __restrict__ positions, u32 heads, u32 kv_heads, u32 dim, u32 window
+    elem* __restrict__ out, const u32* __restrict__ positions, u32 heads, u32 kv_heads, u32 dim, u32 window,
+    float scale, float cap
 ) {
     __shared__ __align__(16) float q_row[MAX_DIM];
     __shared__ float sums[WARPS][MAX_DIM], warp_tops[WARPS], warp_totals[WARPS];
@@ -55,13 +57,16 @@ extern "C" __global__ void __launch_bounds__(256, 1) cached_attention(
     __syncthreads();
 
     const float minus_infinity = __int_as_float(0xff800000);
-    const float scale = 1.0f / sqrtf((float)dim);
     float acc[COLUMNS] = {};
     float top = minus_infinity, total = 0.0f;
     const i32 first = window ? max(position + 1 - (i32)window, 0) : 0;
     for (i32 key = first + warp * WARP; key <= position; key += WARPS * WARP) {
         const i32 count = min(position + 1 - key, WARP);
-        const float s = lane < count ? scale * dot(q_row, k_cache + (key + lane) * stride, dim) : minus_infinity;
+        float s = minus_infinity;
+        if (lane < count) {
+            s = scale * dot(q_row, k_cache + (key + lane) * stride, dim);
+            if (cap > 0.0f) s = cap * tanhf(s / cap);
+        }
         const float largest = fmaxf(top, warp_max(s)), shrink = expf(top - largest), p = expf(s - largest);
         top = largest;
         total = total * shrink + warp_sum(p);

@@ -1,8 +1,8 @@
 // Rows of the embedding table, and their gradient.
 //
-// embedding:          out[t] = table[tokens[t]];      table [V, C], tokens u32 [T], out [T, C].
+// embedding:          out[t] = scale * table[tokens[t]]; table [V, C], tokens u32 [T], out [T, C].
 //                     Grid: T blocks of 256 threads, one for each row.
-// embedding_backward: grad[tokens[t]] += dout[t];     dout [T, C], grad f32 or bf16 [V, C].
+// embedding_backward: grad[tokens[t]] += scale * dout[t]; dout [T, C], grad f32 or bf16 [V, C].
 //                     Grid: (T, ceil(C / 2048)) blocks of 256 threads. The block at the first occurrence of a token owns
 //                     the token's row of `grad` and adds all occurrences to it in the order of t; the others have nothing
 //                     to do. Sums are kept in f32 and rounded once.
@@ -12,10 +12,13 @@
 #define PER_THREAD 8
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-embedding(const elem* __restrict__ table, const u32* __restrict__ tokens, elem* __restrict__ out, u32 width) {
+embedding(const elem* __restrict__ table, const u32* __restrict__ tokens, elem* __restrict__ out, u32 width,
+          float scale) {
     const elem* from = table + (u64)tokens[blockIdx.x] * width;
     elem* to = out + (u64)blockIdx.x * width;
-    if (width % VEC == 0) {
+    if (scale != 1.0f) {
+        for (u32 i = threadIdx.x; i < width; i += THREADS) store(to + i, scale * load(from + i));
+    } else if (width % VEC == 0) {
         const Words* a = (const Words*)from;
         Words* b = (Words*)to;
         for (u32 i = threadIdx.x; i < width / VEC; i += THREADS) b[i] = a[i];
@@ -26,7 +29,7 @@ embedding(const elem* __restrict__ table, const u32* __restrict__ tokens, elem* 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 embedding_backward(const u32* __restrict__ tokens, const elem* __restrict__ dout, void* __restrict__ grad, u32 rows,
-                   u32 width, u32 grad_bf16) {
+                   u32 width, u32 grad_bf16, float scale) {
     __shared__ u32 matches[THREADS / WARP];
     u32 first = blockIdx.x, token = tokens[first];
     bool seen = false;
@@ -53,7 +56,7 @@ embedding_backward(const u32* __restrict__ tokens, const elem* __restrict__ dout
 #pragma unroll
                 for (int i = 0; i < PER_THREAD; i++) {
                     u32 c = column + i * THREADS;
-                    if (c < width) sum[i] += load(dout + at + c);
+                    if (c < width) sum[i] += scale * load(dout + at + c);
                 }
             }
         }

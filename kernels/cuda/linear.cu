@@ -3,9 +3,12 @@
 // cast_to_elem: y = x for two arrays; x f32, y elem.
 // dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x).
 // dropout_add:  y += keep * x where the mask is set.
+// add_bias:     y[t] += b; y [T, out], b [out]; n = T * out.
+// bias_grad:    grad += sum over t of dy[t]; dy [T, out], grad f32 or bf16 [out]. Grid: ceil(out / 32) blocks of 1024
+//               threads: a lane for each column, warp w adds rows w, w + 32, ...
 // The mask of element i of the flat [T, in] is word i % 4 of Philox(i / 4, module, micro_step; seed) >= threshold, as in
 // src/engine/dropout.rs.
-// Grid: any number of blocks of 256 threads; each thread takes VEC elements at a time.
+// Grid of the others: any number of blocks of 256 threads; each thread takes VEC elements at a time.
 #include "common.cuh"
 
 #define THREADS 256
@@ -68,5 +71,47 @@ dropout_add(elem* y, const elem* x, u64 n, u32 threshold, float keep, u64 seed, 
                 if (i + j < n) store(y + i + j, load(y + i + j) + masked(load(x + i + j), m[j]));
             }
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(elem* y, const elem* b, u64 n, u32 width) {
+    u64 step = (u64)gridDim.x * THREADS * VEC;
+    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
+        if (width % VEC == 0) {
+            float v[VEC], w[VEC];
+            load_vec(y + i, v);
+            load_vec(b + i % width, w);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) v[j] += w[j];
+            store_vec(y + i, v);
+        } else {
+            for (u64 j = i; j < n && j < i + VEC; j++) store(y + j, load(y + j) + load(b + j % width));
+        }
+    }
+}
+
+#define ROW_WARPS 32
+
+extern "C" __global__ void __launch_bounds__(WARP * ROW_WARPS)
+bias_grad(const elem* __restrict__ dy, void* __restrict__ grad, u32 rows, u32 width, u32 grad_bf16) {
+    // One column more, so that the lanes of a warp meet different banks both ways.
+    __shared__ float part[ROW_WARPS][WARP + 1];
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    u32 column = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (column < width) {
+        for (u32 t = warp; t < rows; t += ROW_WARPS) sum += load(dy + (u64)t * width + column);
+    }
+    part[warp][lane] = sum;
+    __syncthreads();
+    // Warp w adds the parts of column w.
+    sum = warp_sum(part[lane][warp]);
+    column = blockIdx.x * WARP + warp;
+    if (lane != 0 || column >= width) return;
+    if (grad_bf16) {
+        u16* g = (u16*)grad + column;
+        *g = f32_to_bf16(bf16_to_f32(*g) + sum);
+    } else {
+        ((float*)grad)[column] += sum;
     }
 }

@@ -1,14 +1,16 @@
 // Rotary position embedding, half-split form (arXiv 2104.09864), in place.
 //
 // rotary: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of each head, angle = position * inv_freq.
-//         q [T, H, D], k [T, K, D], positions u32 [T], inv_freq f32 [D / 2]; `sign` is -1 for the inverse, else 1.
+//         q [T, H, D], k [T, K, D], positions u32 [T], inv_freq f32 [D / 2]; `sign` is -1 for the inverse, else 1;
+//         sine and cosine are multiplied by `scale`.
 //         Grid: T blocks of 256 threads, one for each token; shared: D floats (cosines, then sines).
 #include "common.cuh"
 
 #define THREADS 256
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-rotary(elem* q, elem* k, const u32* positions, const float* inv_freq, u32 q_heads, u32 k_heads, u32 dim, float sign) {
+rotary(elem* q, elem* k, const u32* positions, const float* inv_freq, u32 q_heads, u32 k_heads, u32 dim, float sign,
+       float scale) {
     extern __shared__ float table[];
     u32 half = dim / 2;
     float* cosines = table;
@@ -17,8 +19,8 @@ rotary(elem* q, elem* k, const u32* positions, const float* inv_freq, u32 q_head
     for (u32 i = threadIdx.x; i < half; i += THREADS) {
         float s, c;
         sincosf(__fmul_rn(position, inv_freq[i]), &s, &c);
-        cosines[i] = c;
-        sines[i] = s * sign;
+        cosines[i] = c * scale;
+        sines[i] = s * sign * scale;
     }
     __syncthreads();
     q += (u64)blockIdx.x * q_heads * dim;

@@ -1,23 +1,33 @@
-// silu(gate) * up and its gradient; element by element over n = T * F.
+// act(gate) * up and its gradient, act SiLU (swiglu) or GELU in its tanh form (geglu); element by element over n = T * F.
 //
-// swiglu:          out = gate / (1 + exp(-gate)) * up.
-// swiglu_backward: in place: `gate` and `up` become their gradients; dout [T, F] is the gradient of the output.
+// swiglu, geglu:                   out = gate * sigmoid(z) * up; SiLU: z = gate; GELU: z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
+// swiglu_backward, geglu_backward: in place: `gate` and `up` become their gradients; dout [T, F] is the gradient of the output.
 // Grid: any number of blocks of 256 threads; each thread takes VEC elements at a time.
 #include "common.cuh"
 
 #define THREADS 256
+#define GELU_LINEAR 1.5957691f
+#define GELU_CUBIC 0.071354814f
 
-__device__ __forceinline__ float forward(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
-
-__device__ __forceinline__ void backward(float& gate, float& up, float dout) {
-    float sigmoid = 1.0f / (1.0f + expf(-gate));
-    float silu = gate * sigmoid;
-    gate = dout * up * (sigmoid + silu * (1.0f - sigmoid));
-    up = dout * silu;
+template <bool GELU>
+__device__ __forceinline__ float forward(float gate, float up) {
+    float z = GELU ? gate * (GELU_LINEAR + GELU_CUBIC * gate * gate) : gate;
+    return gate / (1.0f + expf(-z)) * up;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-swiglu(const elem* gate, const elem* up, elem* out, u64 n) {
+template <bool GELU>
+__device__ __forceinline__ void backward(float& gate, float& up, float dout) {
+    float square = gate * gate;
+    float sigmoid = 1.0f / (1.0f + expf(-(GELU ? gate * (GELU_LINEAR + GELU_CUBIC * square) : gate)));
+    float value = gate * sigmoid, bend = value * (1.0f - sigmoid);
+    // Where the slope overflows, sigmoid (1 - sigmoid) is 0.
+    if (GELU) bend = sigmoid > 0.0f && sigmoid < 1.0f ? bend * (GELU_LINEAR + 3.0f * GELU_CUBIC * square) : 0.0f;
+    gate = dout * up * (sigmoid + bend);
+    up = dout * value;
+}
+
+template <bool GELU>
+__device__ __forceinline__ void forward_all(const elem* gate, const elem* up, elem* out, u64 n) {
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         if (i + VEC <= n) {
@@ -25,16 +35,16 @@ swiglu(const elem* gate, const elem* up, elem* out, u64 n) {
             load_vec(gate + i, g);
             load_vec(up + i, u);
 #pragma unroll
-            for (int j = 0; j < VEC; j++) g[j] = forward(g[j], u[j]);
+            for (int j = 0; j < VEC; j++) g[j] = forward<GELU>(g[j], u[j]);
             store_vec(out + i, g);
         } else {
-            for (u64 j = i; j < n; j++) store(out + j, forward(load(gate + j), load(up + j)));
+            for (u64 j = i; j < n; j++) store(out + j, forward<GELU>(load(gate + j), load(up + j)));
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-swiglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
+template <bool GELU>
+__device__ __forceinline__ void backward_all(elem* gate, elem* up, const elem* dout, u64 n) {
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         if (i + VEC <= n) {
@@ -43,16 +53,36 @@ swiglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
             load_vec(up + i, u);
             load_vec(dout + i, d);
 #pragma unroll
-            for (int j = 0; j < VEC; j++) backward(g[j], u[j], d[j]);
+            for (int j = 0; j < VEC; j++) backward<GELU>(g[j], u[j], d[j]);
             store_vec(gate + i, g);
             store_vec(up + i, u);
         } else {
             for (u64 j = i; j < n; j++) {
                 float g = load(gate + j), u = load(up + j);
-                backward(g, u, load(dout + j));
+                backward<GELU>(g, u, load(dout + j));
                 store(gate + j, g);
                 store(up + j, u);
             }
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+swiglu(const elem* gate, const elem* up, elem* out, u64 n) {
+    forward_all<false>(gate, up, out, n);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+geglu(const elem* gate, const elem* up, elem* out, u64 n) {
+    forward_all<true>(gate, up, out, n);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+swiglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
+    backward_all<false>(gate, up, dout, n);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+geglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
+    backward_all<true>(gate, up, dout, n);
 }

@@ -2,9 +2,9 @@
 // Base weights on their way into the arena: converted from the dtype of their file, or drawn at random for shapes whose
 // files are not at hand (normal by Box-Muller over Philox counters).
 //
-// out bf16 [n], element first + i of the weight; mean 0, standard deviation std, or the constant 1 when std is 0.
+// out bf16 [n], element first + i of the weight; mean 0, standard deviation std, or `constant` when std is 0.
 // grid: ceil(n / 1024), block 256: four elements a thread.
-extern "C" __global__ void random_weights(u16* out, u64 first, u64 n, u64 seed, float std) {
+extern "C" __global__ void random_weights(u16* out, u64 first, u64 n, u64 seed, float std, float constant) {
     u64 four = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (four * 4 >= n) return;
     u64 counter = first / 4 + four;
@@ -20,7 +20,7 @@ extern "C" __global__ void random_weights(u16* out, u64 first, u64 n, u64 seed, 
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (four * 4 + i < n) out[four * 4 + i] = f32_to_bf16(std == 0.0f ? 1.0f : v[i]);
+        if (four * 4 + i < n) out[four * 4 + i] = f32_to_bf16(std == 0.0f ? constant : v[i]);
 }
 
 // A dense weight from its file: `source` is bf16 (0), f16 (1) or f32 (2), [n]; `out` is elem, or f32 when `master`.

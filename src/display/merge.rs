@@ -82,7 +82,7 @@ fn layers(report: &MergeReport) -> Table {
     }
     let all = report.layers();
     for layer in all.iter().take(LAYERS) {
-        let name = layer.layer.map_or_else(|| "lm_head".to_owned(), |n| n.to_string());
+        let name = report.layer_name(layer.layer);
         t.row(layer_cells(name, layer, chosen(report)));
     }
     if all.len() > LAYERS {

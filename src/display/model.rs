@@ -2,7 +2,7 @@
 
 use super::units::{bytes, count, percent, plain, short_count};
 use super::{Card, Cell, Show, Table, Tone, shown};
-use crate::model::{Base, Checkpoint, Family, ModelSpec, RopeScaling};
+use crate::model::{Base, Checkpoint, ModelSpec, RopeScaling};
 
 impl Show for ModelSpec {
     fn card(&self) -> Card {
@@ -12,17 +12,17 @@ impl Show for ModelSpec {
             self.num_attention_heads,
             self.num_key_value_heads,
             self.head_dim,
-            self.sliding_window.map_or_else(String::new, |w| format!(", window of {} tokens", count(w as u64)))
+            window(self)
         );
         Card::new(&self.name)
-            .subtitle(format!("{}, {} parameters", family(self.family), short_count(total)))
+            .subtitle(format!("{}, {} parameters", self.family.label(), short_count(total)))
             .facts([
                 ("layers", count(self.num_hidden_layers as u64)),
                 ("hidden_size", count(self.hidden_size as u64)),
                 ("intermediate_size", count(self.intermediate_size as u64)),
                 ("attention", attention),
                 ("vocabulary", count(self.vocab_size as u64)),
-                ("rotary base", format!("{}{}", plain(self.rope_theta), scaling(self.rope_scaling))),
+                ("rotary base", format!("{}{}", plain(self.rope_theta), scaling(&self.rope_scaling))),
                 ("longest context", format!("{} tokens", count(self.max_position_embeddings as u64))),
                 ("weights", format!("{} in {}", bytes(total * dtype.size_in_bytes() as u64), dtype.as_str())),
             ])
@@ -30,18 +30,26 @@ impl Show for ModelSpec {
     }
 }
 
-fn family(family: Family) -> &'static str {
-    match family {
-        Family::Mistral => "Mistral",
-        Family::Llama => "Llama",
-    }
+fn window(spec: &ModelSpec) -> String {
+    let Some(w) = spec.sliding_window else { return String::new() };
+    let layers = spec.num_hidden_layers - spec.full_attention_layers.len();
+    let of = if layers == spec.num_hidden_layers { String::new() } else { format!(" in {layers} layers") };
+    format!(", window of {} tokens{of}", count(w as u64))
 }
 
-fn scaling(scaling: RopeScaling) -> String {
+fn scaling(scaling: &RopeScaling) -> String {
     match scaling {
         RopeScaling::Default => String::new(),
+        RopeScaling::Linear { factor } => format!(", linear scaling x {factor}"),
+        RopeScaling::Dynamic { factor } => format!(", dynamic scaling x {factor}"),
         RopeScaling::Llama3 { factor, original_max_position_embeddings, .. } => {
-            format!(", llama3 scaling x {factor} of {}", count(original_max_position_embeddings as u64))
+            format!(", llama3 scaling x {factor} of {}", count(*original_max_position_embeddings as u64))
+        }
+        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
+            format!(", YaRN x {factor} of {}", count(*original_max_position_embeddings as u64))
+        }
+        RopeScaling::Longrope { original_max_position_embeddings, .. } => {
+            format!(", LongRoPE of {}", count(*original_max_position_embeddings as u64))
         }
     }
 }
@@ -53,9 +61,15 @@ fn parts(spec: &ModelSpec) -> Table {
         spec.linears().iter().filter(of).map(|m| (m.in_features * m.out_features) as u64).sum()
     };
     let table = (spec.vocab_size * spec.hidden_size) as u64;
-    let norms = ((2 * spec.num_hidden_layers + 1) * spec.hidden_size) as u64;
-    let attention = linear(&["q_proj", "k_proj", "v_proj", "o_proj"]);
-    let mlp = linear(&["gate_proj", "up_proj", "down_proj"]);
+    let attention = linear(&["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]);
+    let mlp = linear(&["gate_proj", "up_proj", "gate_up_proj", "down_proj"]);
+    let of = |kind: fn(&str) -> bool| -> u64 {
+        let tensors = spec.tensors().into_iter().filter(|t| kind(&t.name));
+        tensors.map(|t| t.shape.iter().product::<usize>() as u64).sum()
+    };
+    let norms = of(|name| name.contains("norm"));
+    let biases = of(|name| name.ends_with(".bias"));
+    let experts = of(|name| name.contains(".block_sparse_moe."));
     let head = if spec.tie_word_embeddings { 0 } else { table };
     let total = spec.total_params().max(1);
     let mut t = Table::new().words("part").numbers("parameters", "").numbers("share", "").words("").words("in QLoRA");
@@ -63,10 +77,15 @@ fn parts(spec: &ModelSpec) -> Table {
         ("embed_tokens", table, 8, "stays 16-bit"),
         ("attention", attention, 0, "NF4"),
         ("mlp", mlp, 1, "NF4"),
+        ("experts", experts, 2, "stay 16-bit"),
+        ("biases", biases, 6, "stay 16-bit"),
         ("norms", norms, 7, "stay 16-bit"),
         ("lm_head", head, 5, if head == 0 { "tied to embed_tokens" } else { "stays 16-bit" }),
     ];
     for (name, params, colour, qlora) in rows {
+        if params == 0 && matches!(name, "mlp" | "experts" | "biases") {
+            continue;
+        }
         let share = params as f64 / total as f64;
         let cells = [
             name.into(),
@@ -140,6 +159,15 @@ shown!(ModelSpec {
     rope_theta,
     rope_scaling,
     sliding_window,
+    full_attention_layers,
+    qkv_bias,
+    o_bias,
+    mlp_bias,
+    activation,
+    query_pre_attn_scalar,
+    attn_logit_softcapping,
+    final_logit_softcapping,
+    experts,
     tie_word_embeddings,
     dtype,
     bos_token_id,

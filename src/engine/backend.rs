@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Device, Tensor};
 
 use super::layout::WeightSlot;
-use super::ops::{NestedAbsmax, Ops, Scratch, TensorId};
+use super::ops::{LinearIds, NestedAbsmax, Ops, Scratch, TensorId};
 use super::optimizer::AdamWHyper;
 use crate::data::Batch;
 use crate::model::Checkpoint;
@@ -25,6 +25,8 @@ pub struct StepState {
     pub training: bool,
     /// The adapter takes part.
     pub adapter: bool,
+    /// The text at hand is beyond [`ModelSpec::rope_switch`](crate::model::ModelSpec::rope_switch).
+    pub long_text: bool,
     /// Hyper-parameters of the update.
     pub adamw: AdamWHyper,
     /// Gradients are scaled down to this global norm; 0: never.
@@ -39,6 +41,7 @@ impl Default for StepState {
             micro_step: 0,
             training: false,
             adapter: true,
+            long_text: false,
             adamw: AdamWHyper { lr: 0.0, weight_decay: 0.0, ..AdamWHyper::default() },
             max_grad_norm: 0.0,
         }
@@ -73,6 +76,15 @@ pub trait Backend: Ops + Send {
     /// # Errors
     /// What the source and the device report.
     fn load(&mut self, slot: &WeightSlot, source: &mut WeightSource<'_>) -> Result<()>;
+
+    /// The lengths of the rows of a module's base weight, `[out]`: DoRA's magnitudes before training.
+    ///
+    /// # Errors
+    /// A device that does not compute DoRA.
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
+        let _ = linear;
+        Err(Error::new("DoRA is computed on the CPU only").next("plan with .cpu(), or merge the adapter: lora::merge"))
+    }
 
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
     ///
@@ -132,10 +144,12 @@ pub enum WeightSource<'a> {
     },
     /// A weight that was stored in 4 bits.
     Quantized(Nf4Tensor),
-    /// A random weight: matrices normal with standard deviation 0.02, vectors all one.
+    /// A random weight: matrices normal with standard deviation 0.02, vectors constant.
     Drawn {
         /// Row-major shape.
         shape: &'a [usize],
+        /// Every element of a vector.
+        constant: f32,
         /// Fills a slice with the next values; on the host.
         draw: &'a mut dyn FnMut(&mut [f32]),
         /// For a device that draws by itself: the weight's own.

@@ -47,6 +47,16 @@ impl Decoder for Engine {
                 .found(token.to_string())
                 .next("use the model's own tokenizer"));
         }
+        // LongRoPE has other frequencies for long texts, which the keys in the cache would not have.
+        let end = position + tokens.len();
+        let long = self.plan.spec().rope_switch().is_some_and(|n| end > n);
+        if position > 0 && long != self.ops.state().long_text {
+            return Err(Error::new("the text has grown beyond the length up to which its rotary frequencies hold")
+                .at("rope_scaling.original_max_position_embeddings")
+                .expected(format!("at most {} tokens", self.plan.spec().rope_switch().unwrap_or_default()))
+                .found(end.to_string())
+                .next("call reset() and feed the whole text again, which takes the frequencies for long texts"));
+        }
         self.ops.state().training = false;
         for piece in tokens.chunks(prompt_piece(self.plan.config())) {
             let n = piece.len() as u32;
@@ -58,6 +68,7 @@ impl Decoder for Engine {
                 labels: vec![crate::data::IGNORE_INDEX; piece.len()],
                 examples: vec![0],
             })?;
+            self.ops.state().long_text = long;
             self.execute(Phase::Generate)?;
             position += piece.len();
             self.cached = Some(position);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use candle_core::DType;
 
-use super::ops::{LinearIds, Lora, Moments, NestedAbsmax, TensorId, Weight};
+use super::ops::{Bias, LinearIds, Lora, Magnitude, Moments, NestedAbsmax, TensorId, Weight};
 use super::optimizer::MIN_8BIT_SIZE;
 use crate::model::{LinearModule, ModelSpec};
 use crate::nf4;
@@ -64,10 +64,22 @@ pub struct NormIds {
 pub struct LayerIds {
     /// Before attention.
     pub input_norm: NormIds,
+    /// Of attention's output, before it is added to the stream (Gemma 2).
+    pub attention_out_norm: Option<NormIds>,
     /// Before the MLP.
     pub post_norm: NormIds,
-    /// q, k, v, o, gate, up, down.
-    pub linears: [LinearIds; 7],
+    /// Of the MLP's output, before it is added to the stream (Gemma 2).
+    pub mlp_out_norm: Option<NormIds>,
+    /// Of each head of q and of k (Qwen3), `[D]`.
+    pub qk_norm: Option<[NormIds; 2]>,
+    /// q, k, v, o, gate, up, down. A module that computes several side by side stands in the place of the first, and the
+    /// others' are empty.
+    pub linears: [Option<LinearIds>; 7],
+}
+
+/// The places of [`LayerIds::linears`] that a layer's modules have, in the order of [`ModelSpec::linears`].
+fn places(spec: &ModelSpec) -> &'static [usize] {
+    if spec.family.is_fused() { &[0, 3, 4, 6] } else { &[0, 1, 2, 3, 4, 5, 6] }
 }
 
 /// Every tensor that outlives a phase, and how to find it.
@@ -83,7 +95,7 @@ pub struct Layout {
     pub norm: NormIds,
     /// `lm_head` `[V, C]` (the embedding table when tied) and its gradient.
     pub lm_head: NormIds,
-    /// f32 `[D / 2]`.
+    /// f32 `[D / 2]`, or `[2, D / 2]`: the second row for texts beyond [`ModelSpec::rope_switch`].
     pub inv_freq: TensorId,
     /// What the optimizer updates, in the order of the network.
     pub trainables: Vec<Trainable>,
@@ -162,18 +174,31 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
     };
     let linears = spec.linears();
     let mut layers = Vec::with_capacity(spec.num_hidden_layers);
-    for (l, modules) in linears.chunks_exact(7).enumerate() {
-        let input_norm = b.dense(&format!("model.layers.{l}.input_layernorm.weight"), &[c], false);
-        let post_norm = b.dense(&format!("model.layers.{l}.post_attention_layernorm.weight"), &[c], false);
-        let linears = std::array::from_fn(|i| b.linear(&modules[i], (l * 7 + i) as u32));
-        layers.push(LayerIds { input_norm, post_norm, linears });
+    let places = places(spec);
+    for (l, modules) in linears.chunks_exact(places.len()).enumerate() {
+        let norms: Vec<NormIds> =
+            spec.norms().iter().map(|norm| b.dense(&format!("model.layers.{l}.{norm}.weight"), &[c], false)).collect();
+        let (input_norm, attention_out_norm, post_norm, mlp_out_norm) = match norms[..] {
+            [input, attention_out, mlp, mlp_out] => (input, Some(attention_out), mlp, Some(mlp_out)),
+            _ => (norms[0], None, norms[1], None),
+        };
+        let mut linears = [None; 7];
+        for (&place, m) in places.iter().zip(modules) {
+            linears[place] = Some(b.linear(m, (l * 7 + place) as u32));
+        }
+        let qk_norm = spec.has_qk_norm().then(|| {
+            ["q_norm", "k_norm"]
+                .map(|n| b.dense(&format!("model.layers.{l}.self_attn.{n}.weight"), &[spec.head_dim], false))
+        });
+        layers.push(LayerIds { input_norm, attention_out_norm, post_norm, mlp_out_norm, qk_norm, linears });
     }
     let norm = b.dense("model.norm.weight", &[c], false);
     let workspace = (cfg.device == DeviceKind::Cuda)
         .then(|| b.regions.persistent("matrix-product workspace", Stage::Scratch, DType::U8, &[MATMUL_WORKSPACE]));
     let lm_head = if spec.tie_word_embeddings { embedding } else { b.dense("lm_head.weight", &[v, c], true) };
     let r = &mut b.regions;
-    let inv_freq = r.persistent("rotary frequencies", Stage::Batch, DType::F32, &[spec.head_dim / 2]);
+    let rows = if spec.rope_switch().is_some() { 2 } else { 1 };
+    let inv_freq = r.persistent("rotary frequencies", Stage::Batch, DType::F32, &[rows, spec.head_dim / 2]);
     let grad_norm = r.persistent("gradient norm", Stage::Batch, DType::F64, &[2]);
     let loss = r.persistent("loss", Stage::Batch, DType::F64, &[2]);
     Layout {
@@ -232,8 +257,12 @@ impl Builder<'_> {
             }
             Some(q) => (self.quantized(&name, &shape, q), None),
         };
+        let bias = m.bias.then(|| {
+            let NormIds { weight: b, grad } = self.dense(&format!("{}.bias", m.name), &[m.out_features], false);
+            Bias { b, grad }
+        });
         let lora = self.targets.contains(&m.name).then(|| self.lora(m, index));
-        LinearIds { out_features: m.out_features, in_features: m.in_features, weight, grad, lora }
+        LinearIds { out_features: m.out_features, in_features: m.in_features, weight, grad, bias, lora }
     }
 
     fn quantized(&mut self, name: &str, shape: &[usize], config: nf4::Nf4Config) -> Weight {
@@ -258,6 +287,7 @@ impl Builder<'_> {
 
     fn lora(&mut self, m: &LinearModule, module: u32) -> Lora {
         let cfg = self.cfg.lora.as_ref().expect("targets exist only with an adapter");
+        let cfg = cfg.of(&m.name).expect("the patterns were checked with the configuration");
         let (a_name, b_name) = (format!("{}.lora_A.weight", m.name), format!("{}.lora_B.weight", m.name));
         let (a_shape, b_shape) = ([cfg.r, m.in_features], [m.out_features, cfg.r]);
         let a = self.regions.persistent(&a_name, Stage::Adapters, DType::F32, &a_shape);
@@ -265,8 +295,14 @@ impl Builder<'_> {
         let grads = (self.cfg.method != Method::Inference).then(|| {
             (self.trainable(&a_name, a, None, &a_shape, true), self.trainable(&b_name, b, None, &b_shape, true))
         });
-        let lora =
-            Lora { a, b, grads, r: cfg.r, scaling: cfg.scaling() as f32, dropout: cfg.lora_dropout as f32, module };
+        let magnitude = cfg.use_dora.then(|| {
+            let (name, shape) = (format!("{}.lora_magnitude_vector", m.name), [m.out_features]);
+            let id = self.regions.persistent(&name, Stage::Adapters, DType::F32, &shape);
+            let grad = grads.map(|_| self.trainable(&name, id, None, &shape, true));
+            Magnitude { m: id, grad }
+        });
+        let (scaling, dropout) = (cfg.scaling() as f32, cfg.lora_dropout as f32);
+        let lora = Lora { a, b, grads, r: cfg.r, scaling, dropout, module, magnitude };
         self.adapters.insert(m.name.clone(), lora);
         lora
     }

@@ -67,7 +67,12 @@ impl Engine {
                 ("rms_norm_eps", s.rms_norm_eps.to_string()),
                 ("rope_theta", s.rope_theta.to_string()),
                 ("rope_scaling", format!("{:?}", s.rope_scaling)),
-                ("sliding_window", format!("{:?}", s.sliding_window)),
+                ("sliding_window", format!("{:?} but in layers {:?}", s.sliding_window, s.full_attention_layers)),
+                ("model_type", s.family.model_type().to_string()),
+                ("hidden_act", format!("{:?}", s.activation)),
+                ("query_pre_attn_scalar", format!("{:?}", s.query_pre_attn_scalar)),
+                ("attn_logit_softcapping", format!("{:?}", s.attn_logit_softcapping)),
+                ("final_logit_softcapping", format!("{:?}", s.final_logit_softcapping)),
             ]
         };
         let differs = fields(a).into_iter().zip(fields(b)).find(|(a, b)| a != b);
@@ -82,7 +87,7 @@ impl Engine {
         base.validate()
     }
 
-    /// Draws random base weights, normal with standard deviation 0.02 and norms of one: a model from scratch, or of a
+    /// Draws random base weights, normal with standard deviation 0.02, norms that multiply by one and biases of zero: a model from scratch, or of a
     /// shape whose files are not at hand. 4-bit weights are drawn in bf16 and quantized. A GPU draws by itself, other values
     /// than the CPU's.
     ///
@@ -90,23 +95,26 @@ impl Engine {
     /// What the device reports.
     pub fn init_weights(&mut self, seed: u64) -> Result<()> {
         let slots = self.plan.layout().weights.clone();
+        let norm = 1.0 - self.plan.spec().norm_offset();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for (i, slot) in slots.iter().enumerate() {
             let normal = rand_distr_normal(0.02);
+            let constant = if slot.name.ends_with(".bias") { 0.0 } else { norm };
             let mut draw = |out: &mut [f32]| match slot.shape.len() {
-                1 => out.fill(1.0),
+                1 => out.fill(constant),
                 _ => out.iter_mut().for_each(|x| *x = normal(&mut rng)),
             };
             let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
-            self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, draw: &mut draw, seed })?;
+            self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, constant, draw: &mut draw, seed })?;
         }
         self.ops.wait()?;
         self.cached = None;
         Ok(())
     }
 
-    /// Draws the adapter: A uniform in ±1/sqrt(in_features) (PEFT's kaiming_uniform with a = sqrt 5), B zero, so that the
-    /// first forward pass gives what the base gives.
+    /// Draws the adapter: A uniform in ±1/sqrt(in_features) (PEFT's kaiming_uniform with a = sqrt 5), B zero, DoRA's
+    /// magnitudes the lengths of the base's rows (load the base first), so that the first forward pass gives what the base
+    /// gives.
     ///
     /// # Errors
     /// A plan without an adapter.
@@ -114,8 +122,25 @@ impl Engine {
         let Some(lora) = &self.plan.config().lora else {
             return Err(Error::new("the plan has no adapter").at("lora").next("plan with MemoryPlan::lora or ::qlora"));
         };
-        let adapter = Adapter::init(self.plan.spec(), lora, seed)?;
+        let mut adapter = Adapter::init(self.plan.spec(), lora, seed)?;
+        if lora.use_dora {
+            for (name, lengths) in self.row_lengths()? {
+                adapter.tensors.entry(name).and_modify(|pair| pair.magnitude = Some(lengths));
+            }
+        }
         self.load_adapter(&adapter)
+    }
+
+    /// The lengths of the rows of every adapted base weight.
+    fn row_lengths(&mut self) -> Result<Vec<(String, Vec<f32>)>> {
+        let plan = self.plan.clone();
+        let mut out = Vec::new();
+        for linear in plan.layout().layers.iter().flat_map(|l| l.linears.iter().flatten()) {
+            let Some(lora) = linear.lora else { continue };
+            let name = plan.layout().adapters.iter().find(|(_, l)| l.a == lora.a).map(|(name, _)| name.clone());
+            out.extend(name.map(|name| Ok::<_, Error>((name, self.ops.row_lengths(linear)?))).transpose()?);
+        }
+        Ok(out)
     }
 
     /// The adapter as it is now.
@@ -133,6 +158,7 @@ impl Engine {
                 in_features: shape(lora.a)[1],
                 out_features: shape(lora.b)[0],
                 scaling: f64::from(lora.scaling),
+                magnitude: lora.magnitude.map(|m| self.read(m.m)).transpose()?,
             })
         };
         layout.adapters.iter().map(|(name, lora)| Ok((name.clone(), pair(lora)?))).collect()
@@ -141,9 +167,15 @@ impl Engine {
     /// Takes an adapter's matrices.
     ///
     /// # Errors
-    /// Modules, ranks or a scaling other than the plan's.
+    /// Modules, ranks or a scaling other than the plan's, and trained biases.
     pub fn load_adapter(&mut self, adapter: &Adapter) -> Result<()> {
         let adapters = self.plan.layout().adapters.clone();
+        if let Some(module) = adapter.biases.keys().next() {
+            return Err(Error::new("an adapter with biases of its own cannot be loaded beside its base")
+                .at(format!("{module}.bias"))
+                .expected("an adapter that was trained with bias = \"none\"")
+                .next("merge it, and use the merged model: lora::merge"));
+        }
         if let Some(extra) = adapter.tensors.keys().find(|name| !adapters.contains_key(*name)) {
             return Err(Error::new("the adapter has a module that the plan does not adapt")
                 .at(extra.clone())
@@ -159,9 +191,62 @@ impl Engine {
         for (lora, pair) in adapters.values().zip(adapter.tensors.values()) {
             self.ops.write(lora.a, bytemuck::cast_slice(&pair.a))?;
             self.ops.write(lora.b, bytemuck::cast_slice(&pair.b))?;
+            if let (Some(to), Some(m)) = (lora.magnitude, &pair.magnitude) {
+                self.ops.write(to.m, bytemuck::cast_slice(m))?;
+            }
         }
         self.cached = None;
         Ok(())
+    }
+
+    /// Takes an adapter for generation and evaluation: the next call computes with it. Several adapters share one base this
+    /// way: plan with [`LoraConfig::covering`](crate::lora::LoraConfig::covering) them all, keep the [`Adapter`]s, and name
+    /// one before each call; [`Engine::enable_adapter`] switches between the last one and the base alone.
+    ///
+    /// A rank below the plan's is filled up with zeros, a planned module that the adapter leaves alone gets zeros.
+    ///
+    /// # Errors
+    /// A plan that trains (there [`Engine::load_adapter`] is meant), modules or ranks beyond the plan's, DoRA beside an
+    /// adapter without it, trained biases. Nothing is taken then.
+    pub fn use_adapter(&mut self, adapter: &Adapter) -> Result<()> {
+        if !self.plan.layout().trainables.is_empty() {
+            return Err(Error::new("a plan that trains holds one adapter")
+                .at("method")
+                .expected("MemoryPlan::inference with .adapter(LoraConfig::covering(..))")
+                .found(self.plan.config().method.label())
+                .next("load_adapter replaces the adapter that is trained"));
+        }
+        let adapters = self.plan.layout().adapters.clone();
+        let mut lengths: std::collections::BTreeMap<String, Vec<f32>> = Default::default();
+        let lacks_one = |lora: &Lora, name: &str| lora.magnitude.is_some() && !adapter.tensors.contains_key(name);
+        if adapters.iter().any(|(name, lora)| lacks_one(lora, name)) {
+            lengths.extend(self.row_lengths()?);
+        }
+        let mut padded =
+            Adapter { config: adapter.config.clone(), tensors: Default::default(), biases: adapter.biases.clone() };
+        for (name, lora) in &adapters {
+            let shape = |id: TensorId| self.plan.regions()[id.index()].shape.clone();
+            let (in_features, out_features) = (shape(lora.a)[1], shape(lora.b)[0]);
+            let pair = match adapter.tensors.get(name) {
+                Some(pair) => pair.padded(lora.r, f64::from(lora.scaling)).map_err(|e| e.at(name.clone()))?,
+                None => LoraPair {
+                    a: vec![0.0; lora.r * in_features],
+                    b: vec![0.0; out_features * lora.r],
+                    r: lora.r,
+                    in_features,
+                    out_features,
+                    scaling: f64::from(lora.scaling),
+                    magnitude: lora.magnitude.and(lengths.remove(name)),
+                },
+            };
+            padded.tensors.insert(name.clone(), pair);
+        }
+        if let Some(extra) = adapter.tensors.keys().find(|name| !adapters.contains_key(*name)) {
+            return Err(Error::new("the adapter has a module that the plan does not adapt")
+                .at(extra.clone())
+                .next("plan with .adapter(LoraConfig::covering(&[..])) of all adapters"));
+        }
+        self.load_adapter(&padded)
     }
 
     fn check_pair(&self, lora: &Lora, pair: &LoraPair) -> Result<()> {
@@ -172,6 +257,14 @@ impl Engine {
                 .expected(format!("r = {}, {a} and {b} elements", lora.r))
                 .found(format!("r = {}, {} and {} elements", pair.r, pair.a.len(), pair.b.len()))
                 .next("plan with the adapter's own r; if it differs between modules, merge first: lora::merge"));
+        }
+        let lengths = |found: Option<usize>| found.map_or("none".to_string(), |n| format!("{n} magnitudes"));
+        let (expected, found) = (lora.magnitude.map(|m| numel(m.m)), pair.magnitude.as_ref().map(Vec::len));
+        if expected != found {
+            return Err(Error::new("the adapter's magnitudes (DoRA) are not the plan's")
+                .expected(lengths(expected))
+                .found(lengths(found))
+                .next("plan with the adapter's own use_dora"));
         }
         let scaling = f64::from(lora.scaling);
         if (pair.scaling - scaling).abs() > 1e-6 * scaling.abs() {

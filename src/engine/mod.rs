@@ -103,7 +103,9 @@ impl Engine {
     }
 
     fn write_frequencies(&mut self) -> Result<()> {
-        let frequencies = self.plan.spec().inv_freq();
+        let spec = self.plan.spec();
+        let frequencies: Vec<f32> =
+            spec.inv_freq().into_iter().chain(spec.long_inv_freq().unwrap_or_default()).collect();
         self.ops.write(self.plan.layout().inv_freq, bytemuck::cast_slice(&frequencies))
     }
 
@@ -268,7 +270,8 @@ impl Engine {
 
     /// Checks a batch against the plan and holds it for `load_batch`.
     fn accept(&mut self, batch: Batch) -> Result<()> {
-        let (spec, config) = (self.plan.spec(), self.plan.config());
+        let plan = self.plan.clone();
+        let (spec, config) = (plan.spec(), plan.config());
         let beyond = |what: &str, expected: String, found: String| {
             Err(Error::new(format!("the batch has {what}")).at("batch").expected(expected).found(found))
         };
@@ -303,6 +306,7 @@ impl Engine {
             let expected = format!("at most max_position_embeddings = {}", spec.max_position_embeddings);
             return beyond("an example that is too long", expected, format!("{longest} tokens"));
         }
+        self.ops.state().long_text = spec.rope_switch().is_some_and(|n| longest > n);
         self.ops.set_batch(batch);
         Ok(())
     }

@@ -10,6 +10,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::model::Activation;
 use crate::nf4::Nf4Config;
 
 /// A tensor of the plan: an index into its regions.
@@ -70,9 +71,31 @@ pub struct Lora {
     pub dropout: f32,
     /// A number of its own for each module: the dropout masks differ.
     pub module: u32,
+    /// DoRA: the rows of `W + scaling * B A` get these lengths.
+    pub magnitude: Option<Magnitude>,
 }
 
-/// A linear module: `y = x W^T`, plus LoRA.
+/// DoRA's learnt lengths of the rows of a weight (arXiv 2402.09353): the module computes
+/// `y = m / n * (x W^T + scaling * (x A^T) B^T) + b` with `n` the lengths of the rows of `W + scaling * B A`, through which
+/// no gradient goes (section 4.3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Magnitude {
+    /// f32 `[out]`.
+    pub m: TensorId,
+    /// Accumulated gradient, f32; `None` when nothing is trained.
+    pub grad: Option<TensorId>,
+}
+
+/// What a linear module adds to its product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bias {
+    /// `[out]`.
+    pub b: TensorId,
+    /// Accumulated gradient, f32 or the compute dtype (full fine-tuning).
+    pub grad: Option<TensorId>,
+}
+
+/// A linear module: `y = x W^T + b`, plus LoRA.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinearIds {
     /// Rows of the weight.
@@ -83,6 +106,8 @@ pub struct LinearIds {
     pub weight: Weight,
     /// Accumulated gradient of the weight, f32 or the compute dtype (full fine-tuning).
     pub grad: Option<TensorId>,
+    /// The bias, which stays dense.
+    pub bias: Option<Bias>,
     /// The adapter.
     pub lora: Option<Lora>,
 }
@@ -98,6 +123,28 @@ pub struct Heads {
     pub dim: usize,
     /// Tokens that a token can see, itself included; `None`: all before it.
     pub window: Option<usize>,
+}
+
+/// From the products of queries and keys to the scores of the softmax: `scale * q k^T`, and with a soft cap
+/// `cap * tanh(scale * q k^T / cap)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Score {
+    /// Factor of the products.
+    pub scale: f32,
+    /// The soft cap.
+    pub softcap: Option<f32>,
+}
+
+impl Score {
+    /// `1 / sqrt(D)` and no cap.
+    pub fn of(dim: usize) -> Self {
+        Score { scale: 1.0 / (dim as f32).sqrt(), softcap: None }
+    }
+
+    /// Whether it is [`Score::of`] this head size: what the fastest kernels compute.
+    pub fn is_plain(&self, dim: usize) -> bool {
+        *self == Score::of(dim)
+    }
 }
 
 /// Where the optimizer keeps the state of one tensor.
@@ -138,7 +185,7 @@ pub struct LoadBatch {
     pub cu_seqlens: TensorId,
 }
 
-/// `out[t] = table[tokens[t]]`.
+/// `out[t] = scale * table[tokens[t]]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Embedding {
     /// `[V, C]`.
@@ -147,9 +194,11 @@ pub struct Embedding {
     pub tokens: TensorId,
     /// `[T, C]`.
     pub out: TensorId,
+    /// 1 but in Gemma.
+    pub scale: f32,
 }
 
-/// `grad[tokens[t]] += dout[t]`, in the order of t for each row.
+/// `grad[tokens[t]] += scale * dout[t]`, in the order of t for each row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EmbeddingBackward {
     /// u32 `[T]`.
@@ -158,9 +207,13 @@ pub struct EmbeddingBackward {
     pub dout: TensorId,
     /// f32 `[V, C]`.
     pub grad: TensorId,
+    /// That of the forward pass.
+    pub scale: f32,
 }
 
-/// `sum = residual + delta`; `out = sum * rstd * weight`, `rstd = 1 / sqrt(mean(sum^2) + eps)`.
+/// `sum = residual + delta`; `out = sum * rstd * (weight + offset)`, `rstd = 1 / sqrt(mean(sum^2) + eps)`.
+///
+/// The width of a norm is that of its weight: activations `[T, H D]` under a weight `[D]` are normed head by head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AddRmsnorm {
     /// `[T, C]`.
@@ -171,13 +224,15 @@ pub struct AddRmsnorm {
     pub sum: Option<TensorId>,
     /// `[C]`.
     pub weight: TensorId,
+    /// Added to the weight: 1 in Gemma, else 0.
+    pub offset: f32,
     /// `[T, C]`.
     pub out: TensorId,
     /// f32 `[T]`.
     pub rstd: TensorId,
 }
 
-/// `out = x * rstd * weight` again, from what was kept.
+/// `out = x * rstd * (weight + offset)` again, from what was kept.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rescale {
     /// `[T, C]`.
@@ -186,6 +241,8 @@ pub struct Rescale {
     pub rstd: TensorId,
     /// `[C]`.
     pub weight: TensorId,
+    /// Added to the weight.
+    pub offset: f32,
     /// `[T, C]`.
     pub out: TensorId,
 }
@@ -201,6 +258,8 @@ pub struct RmsnormBackward {
     pub rstd: TensorId,
     /// `[C]`.
     pub weight: TensorId,
+    /// Added to the weight.
+    pub offset: f32,
     /// `[T, C]`.
     pub dx: TensorId,
     /// Add to `dx` instead of overwriting it.
@@ -209,7 +268,7 @@ pub struct RmsnormBackward {
     pub grad: Option<TensorId>,
 }
 
-/// `y = x W^T + scaling * (dropout(x) A^T) B^T`.
+/// `y = x W^T + b + scaling * (dropout(x) A^T) B^T`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Linear {
     /// The module.
@@ -222,7 +281,7 @@ pub struct Linear {
     pub xa: Option<TensorId>,
 }
 
-/// `dx (+)= dy W + scaling * dropout'((dy B) A)`; gradients of A, B or W are added to.
+/// `dx (+)= dy W + scaling * dropout'((dy B) A)`; gradients of A, B or of W and b are added to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearBackward {
     /// The module.
@@ -239,7 +298,26 @@ pub struct LinearBackward {
     pub accumulate: bool,
 }
 
-/// Rotates `q` and `k` in place by their positions (half-split form), backwards when `inverse`.
+/// The columns of `whole` side by side as tensors of their own: q, k and v of one product.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SplitColumns {
+    /// `[T, sum of widths]`.
+    pub whole: TensorId,
+    /// `[T, width]` each.
+    pub parts: Vec<TensorId>,
+}
+
+/// The way back: `whole` from its `parts`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JoinColumns {
+    /// `[T, width]` each.
+    pub parts: Vec<TensorId>,
+    /// `[T, sum of widths]`.
+    pub whole: TensorId,
+}
+
+/// Rotates `q` and `k` in place by their positions (half-split form), backwards when `inverse`, and multiplies them by
+/// `scale`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rotary {
     /// `[T, H, D]`.
@@ -248,10 +326,12 @@ pub struct Rotary {
     pub k: TensorId,
     /// u32 `[T]`.
     pub positions: TensorId,
-    /// f32 `[D / 2]`: radians per position.
+    /// f32 `[D / 2]`, or `[2, D / 2]` where long texts have frequencies of their own: radians per position.
     pub inv_freq: TensorId,
     /// The gradient: rotate by the negative angle.
     pub inverse: bool,
+    /// Factor of cosine and sine: 1 but in YaRN and LongRoPE.
+    pub scale: f32,
     /// Head sizes.
     pub heads: Heads,
 }
@@ -273,6 +353,8 @@ pub struct Attention {
     pub cu_seqlens: TensorId,
     /// Head sizes.
     pub heads: Heads,
+    /// How products become scores.
+    pub score: Score,
 }
 
 /// Gradients of attention from what the forward pass kept.
@@ -300,6 +382,8 @@ pub struct AttentionBackward {
     pub dv: TensorId,
     /// Head sizes.
     pub heads: Heads,
+    /// How products become scores.
+    pub score: Score,
 }
 
 /// Attention of new tokens over a cache; their keys and values are appended first.
@@ -321,9 +405,11 @@ pub struct CachedAttention {
     pub positions: TensorId,
     /// Head sizes.
     pub heads: Heads,
+    /// How products become scores.
+    pub score: Score,
 }
 
-/// `out = silu(gate) * up`.
+/// `out = act(gate) * up`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Swiglu {
     /// `[T, F]`.
@@ -332,6 +418,8 @@ pub struct Swiglu {
     pub up: TensorId,
     /// `[T, F]`.
     pub out: TensorId,
+    /// act.
+    pub activation: Activation,
 }
 
 /// In place: `gate` becomes its gradient, `up` becomes its gradient.
@@ -343,6 +431,8 @@ pub struct SwigluBackward {
     pub up: TensorId,
     /// `[T, F]`.
     pub dout: TensorId,
+    /// act.
+    pub activation: Activation,
 }
 
 /// Cross-entropy of `x W^T` against the labels, chunk by chunk, never holding all logits; rows without a label cost
@@ -363,6 +453,8 @@ pub struct LmHeadCe {
     pub loss: TensorId,
     /// Rows of logits held at a time.
     pub chunk: usize,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub softcap: Option<f32>,
 }
 
 /// Logits of the last token, or (chunk by chunk, to the host) of all tokens.
@@ -378,6 +470,8 @@ pub struct LmHeadLogits {
     pub chunk: usize,
     /// Only the last token's.
     pub last_only: bool,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub softcap: Option<f32>,
 }
 
 /// `norm[0]` = the global L2 norm of the gradients, `norm[1]` = the factor that clips it to `max_grad_norm`.
@@ -477,6 +571,8 @@ pub enum Op {
     RmsnormBackward(RmsnormBackward),
     Linear(Linear),
     LinearBackward(LinearBackward),
+    SplitColumns(SplitColumns),
+    JoinColumns(JoinColumns),
     Rotary(Rotary),
     Attention(Attention),
     AttentionBackward(AttentionBackward),
@@ -509,6 +605,8 @@ pub trait Ops {
     fn rmsnorm_backward(&mut self, op: &RmsnormBackward, scratch: Scratch) -> Result<()>;
     fn linear(&mut self, op: &Linear, scratch: Scratch) -> Result<()>;
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()>;
+    fn split_columns(&mut self, op: &SplitColumns) -> Result<()>;
+    fn join_columns(&mut self, op: &JoinColumns) -> Result<()>;
     fn rotary(&mut self, op: &Rotary) -> Result<()>;
     fn attention(&mut self, op: &Attention) -> Result<()>;
     fn attention_backward(&mut self, op: &AttentionBackward, scratch: Scratch) -> Result<()>;
@@ -541,6 +639,8 @@ pub trait Ops {
             Op::RmsnormBackward(op) => self.rmsnorm_backward(op, scratch),
             Op::Linear(op) => self.linear(op, scratch),
             Op::LinearBackward(op) => self.linear_backward(op, scratch),
+            Op::SplitColumns(op) => self.split_columns(op),
+            Op::JoinColumns(op) => self.join_columns(op),
             Op::Rotary(op) => self.rotary(op),
             Op::Attention(op) => self.attention(op),
             Op::AttentionBackward(op) => self.attention_backward(op, scratch),
@@ -583,6 +683,8 @@ impl Op {
             Op::RmsnormBackward(_) => "rmsnorm_backward",
             Op::Linear(_) => "linear",
             Op::LinearBackward(_) => "linear_backward",
+            Op::SplitColumns(_) => "split_columns",
+            Op::JoinColumns(_) => "join_columns",
             Op::Rotary(_) => "rotary",
             Op::Attention(_) => "attention",
             Op::AttentionBackward(_) => "attention_backward",

@@ -41,8 +41,8 @@ impl Programs {
     }
 }
 
+// k stands between q and v.
 const Q: usize = 0;
-const K: usize = 1;
 const V: usize = 2;
 const O: usize = 3;
 const GATE: usize = 4;
@@ -55,17 +55,23 @@ struct LayerActs {
     /// `[T, C]`: input of the layer, before the first norm.
     input: TensorId,
     input_rstd: TensorId,
+    /// q and k before their norms, and those norms' rstd `[T, heads]`.
+    qk_raw: Option<[(TensorId, TensorId); 2]>,
     q: TensorId,
     k: TensorId,
     v: TensorId,
     /// `[T, H, D]`: attention's output.
     o: TensorId,
     lse: TensorId,
+    /// `[T, C]` and rstd: attention's projected output, where it is normed.
+    attention_out: Option<(TensorId, TensorId)>,
     /// `[T, C]`: residual stream between attention and MLP.
     middle: TensorId,
     middle_rstd: TensorId,
     gate: TensorId,
     up: TensorId,
+    /// `[T, C]` and rstd: the MLP's output, where it is normed.
+    mlp_out: Option<(TensorId, TensorId)>,
     /// `dropout(x) A^T` of the seven modules.
     xa: [Option<TensorId>; 7],
     /// SwiGLU's output, when the backward pass comes right after it (recomputation).
@@ -81,13 +87,12 @@ struct Pass<'a> {
     phase: Phase,
     /// T at capacity.
     tokens: usize,
-    heads: Heads,
     ops: Vec<Op>,
     ids: BatchIds,
     /// In generation: the caches of each layer.
     caches: Vec<(TensorId, TensorId)>,
     /// The modules of the layer that is recomputed now, with the weights that are decoded for it and its backward pass.
-    decoded: Option<(usize, [LinearIds; 7])>,
+    decoded: Option<(usize, [Option<LinearIds>; 7])>,
     /// Where the inputs of recomputed layers wait on the host.
     offloaded: Vec<TensorId>,
 }
@@ -188,14 +193,8 @@ impl<'a> Pass<'a> {
             cu_seqlens: small("cu_seqlens", DType::U32, tokens + 1),
             labels: (phase != Phase::Generate && phase != Phase::Logits).then(|| small("labels", DType::I32, tokens)),
         };
-        let heads = Heads {
-            q: spec.num_attention_heads,
-            kv: spec.num_key_value_heads,
-            dim: spec.head_dim,
-            window: spec.sliding_window,
-        };
         let (ops, caches, offloaded) = (Vec::new(), Vec::new(), Vec::new());
-        Pass { spec, cfg, layout, regions, phase, tokens, heads, ops, ids, caches, decoded: None, offloaded }
+        Pass { spec, cfg, layout, regions, phase, tokens, ops, ids, caches, decoded: None, offloaded }
     }
 
     /// An activation `[T, width]` in the compute dtype.
@@ -218,13 +217,35 @@ impl<'a> Pass<'a> {
         self.spec.hidden_size
     }
 
+    fn heads(&self, l: usize) -> Heads {
+        let s = self.spec;
+        Heads { q: s.num_attention_heads, kv: s.num_key_value_heads, dim: s.head_dim, window: s.window(l) }
+    }
+
+    fn score(&self) -> Score {
+        let softcap = self.spec.attn_logit_softcapping.map(|cap| cap as f32);
+        Score { scale: self.spec.attention_scale(), softcap }
+    }
+
+    /// The factor as the compute dtype holds it, as transformers multiplies by it.
+    fn embedding_scale(&self) -> f32 {
+        let scale = self.spec.embedding_scale();
+        if self.cfg.compute_dtype == DType::BF16 { half::bf16::from_f32(scale).to_f32() } else { scale }
+    }
+
+    fn rotary(&mut self, l: usize, q: TensorId, k: TensorId, inverse: bool) {
+        let (heads, positions, inv_freq) = (self.heads(l), self.ids.positions, self.layout.inv_freq);
+        let scale = self.spec.rope_attention_factor();
+        self.push(Op::Rotary(Rotary { q, k, positions, inv_freq, inverse, scale, heads }));
+    }
+
     /// Loads the batch and embeds it: the residual stream at the first layer.
     fn embed(&mut self, stage: Stage) -> TensorId {
         let BatchIds { tokens, positions, cu_seqlens, labels } = self.ids;
         self.push(Op::LoadBatch(LoadBatch { tokens, positions, labels, cu_seqlens }));
         let out = self.act("layer 0 input", stage, self.hidden());
-        let table = self.layout.embedding.weight;
-        self.push(Op::Embedding(Embedding { table, tokens, out }));
+        let (table, scale) = (self.layout.embedding.weight, self.embedding_scale());
+        self.push(Op::Embedding(Embedding { table, tokens, out, scale }));
         out
     }
 
@@ -235,25 +256,31 @@ impl<'a> Pass<'a> {
         norm: NormIds,
         at: &str,
     ) -> (TensorId, TensorId) {
-        let out = self.act(&format!("{at} normed"), Stage::Activations, self.hidden());
-        let rstd = self.stat(&format!("{at} rstd"), 1);
+        self.norm(residual, delta, norm, at, 1)
+    }
+
+    /// The norm of each of `groups` equal parts of a row.
+    fn norm(
+        &mut self,
+        residual: TensorId,
+        delta: Option<(TensorId, TensorId)>,
+        norm: NormIds,
+        at: &str,
+        groups: usize,
+    ) -> (TensorId, TensorId) {
+        let width = self.regions.list[norm.weight.index()].numel() * groups;
+        let out = self.act(&format!("{at} normed"), Stage::Activations, width);
+        let rstd = self.stat(&format!("{at} rstd"), groups);
         self.push(Op::AddRmsnorm(AddRmsnorm {
             residual,
             delta: delta.map(|d| d.0),
             sum: delta.map(|d| d.1),
             weight: norm.weight,
+            offset: self.spec.norm_offset(),
             out,
             rstd,
         }));
         (out, rstd)
-    }
-
-    /// The modules of layer `l`.
-    fn linears(&self, l: usize) -> [LinearIds; 7] {
-        match self.decoded {
-            Some((of, linears)) if of == l => linears,
-            _ => self.layout.layers[l].linears,
-        }
     }
 
     /// Decodes the 4-bit weights that both the recomputation and the backward pass of layer `l` read.
@@ -261,6 +288,7 @@ impl<'a> Pass<'a> {
         let mut linears = self.layout.layers[l].linears;
         // Not the last: its product is not recomputed.
         for (m, linear) in linears.iter_mut().enumerate().take(DOWN) {
+            let Some(linear) = linear else { continue };
             if matches!(linear.weight, Weight::Nf4 { .. }) {
                 let shape = [linear.out_features, linear.in_features];
                 let name = format!("layer {l} weight {m} decoded");
@@ -272,13 +300,54 @@ impl<'a> Pass<'a> {
         self.decoded = Some((l, linears));
     }
 
+    /// A product's output normed on its own, where the layer has such a norm: what is added to the stream, and what the
+    /// backward pass reads.
+    fn out_norm(&mut self, x: TensorId, norm: Option<NormIds>, at: &str) -> (TensorId, Option<(TensorId, TensorId)>) {
+        let Some(norm) = norm else { return (x, None) };
+        let (out, rstd) = self.add_norm(x, None, norm, at);
+        (out, Some((x, rstd)))
+    }
+
     /// A linear module of layer `l`; `(y, xa)`.
     fn linear(&mut self, l: usize, m: usize, x: TensorId, at: &str) -> (TensorId, Option<TensorId>) {
-        let linear = self.linears(l)[m];
+        let linear = self.module(l, m);
         let y = self.act(at, Stage::Activations, linear.out_features);
         let xa = self.lora_a(&linear, at);
         self.push(Op::Linear(Linear { linear, x, y: Some(y), xa }));
         (y, xa)
+    }
+
+    /// The module that stands in a place; empty places are never asked for.
+    fn module(&self, l: usize, m: usize) -> LinearIds {
+        let linears = match &self.decoded {
+            Some((of, linears)) if *of == l => linears,
+            _ => &self.layout.layers[l].linears,
+        };
+        linears[m].expect("the family has a module in this place")
+    }
+
+    /// The modules of the places from `first` on, computed from `x`: as many tensors as `names` has, of these widths.
+    fn side_by_side<const N: usize>(
+        &mut self,
+        l: usize,
+        first: usize,
+        x: TensorId,
+        names: [(&str, usize); N],
+        xa: &mut [Option<TensorId>; 7],
+    ) -> [TensorId; N] {
+        if self.layout.layers[l].linears[first + 1].is_some() {
+            return std::array::from_fn(|i| {
+                let (y, a) = self.linear(l, first + i, x, &format!("layer {l} {}", names[i].0));
+                xa[first + i] = a;
+                y
+            });
+        }
+        let together = names.map(|(name, _)| name).join(" ");
+        let whole;
+        (whole, xa[first]) = self.linear(l, first, x, &format!("layer {l} {together}"));
+        let parts = names.map(|(name, width)| self.act(&format!("layer {l} {name}"), Stage::Activations, width));
+        self.push(Op::SplitColumns(SplitColumns { whole, parts: parts.to_vec() }));
+        parts
     }
 
     fn lora_a(&mut self, linear: &LinearIds, at: &str) -> Option<TensorId> {
@@ -305,28 +374,35 @@ impl<'a> Pass<'a> {
             self.push(Op::Offload(Offload { device: input, host: self.offloaded[l] }));
         }
         let mut xa = [None; 7];
-        let (q, k, v);
-        (q, xa[Q]) = self.linear(l, Q, n1, &at("q"));
-        (k, xa[K]) = self.linear(l, K, n1, &at("k"));
-        (v, xa[V]) = self.linear(l, V, n1, &at("v"));
-        let (heads, positions, inv_freq) = (self.heads, self.ids.positions, self.layout.inv_freq);
-        self.push(Op::Rotary(Rotary { q, k, positions, inv_freq, inverse: false, heads }));
+        let heads = self.heads(l);
+        let (wide, narrow) = (heads.q * heads.dim, heads.kv * heads.dim);
+        let [mut q, mut k, v] = self.side_by_side(l, Q, n1, [("q", wide), ("k", narrow), ("v", narrow)], &mut xa);
+        let qk_raw = ids.qk_norm.map(|[q_norm, k_norm]| {
+            let (raw_q, raw_k) = (q, k);
+            let (q_rstd, k_rstd);
+            (q, q_rstd) = self.norm(q, None, q_norm, &at("q"), heads.q);
+            (k, k_rstd) = self.norm(k, None, k_norm, &at("k"), heads.kv);
+            [(raw_q, q_rstd), (raw_k, k_rstd)]
+        });
+        self.rotary(l, q, k, false);
         let (o, lse) = self.attend(l, q, k, v);
         let (attn, attn_xa) = self.linear(l, O, o, &at("attention output"));
         xa[O] = attn_xa;
+        let (attn, attention_out) = self.out_norm(attn, ids.attention_out_norm, &at("attention output"));
         let middle = self.act(&at("middle"), Stage::Activations, self.hidden());
         let (n2, middle_rstd) = self.add_norm(input, Some((attn, middle)), ids.post_norm, &at("mlp"));
-        let (gate, up);
-        (gate, xa[GATE]) = self.linear(l, GATE, n2, &at("gate"));
-        (up, xa[UP]) = self.linear(l, UP, n2, &at("up"));
+        let f = self.spec.intermediate_size;
+        let [gate, up] = self.side_by_side(l, GATE, n2, [("gate", f), ("up", f)], &mut xa);
         let h = self.swiglu(l, gate, up);
-        let (mut down, mut swiglu) = (None, None);
-        if last {
+        let (mut down, mut swiglu, mut mlp_out) = (None, None, None);
+        // A norm after the MLP needs its input in the backward pass.
+        if last || ids.mlp_out_norm.is_some() {
             let (y, down_xa) = self.linear(l, DOWN, h, &at("down"));
-            (down, xa[DOWN]) = (Some(y), down_xa);
+            xa[DOWN] = down_xa;
+            let (y, kept) = self.out_norm(y, ids.mlp_out_norm, &at("down"));
+            (down, mlp_out) = (Some(y), kept);
         } else {
-            swiglu = Some(h);
-            let linear = ids.linears[DOWN];
+            let linear = self.module(l, DOWN);
             xa[DOWN] = self.lora_a(&linear, &at("down"));
             if xa[DOWN].is_some() {
                 self.push(Op::Linear(Linear { linear, x: h, y: None, xa: xa[DOWN] }));
@@ -335,27 +411,48 @@ impl<'a> Pass<'a> {
         if offloads {
             self.push(Op::Transferred(Transferred { device: input }));
         }
-        let acts = LayerActs { input, input_rstd, q, k, v, o, lse, middle, middle_rstd, gate, up, xa, swiglu };
+        if !last {
+            swiglu = Some(h);
+        }
+        let acts = LayerActs {
+            input,
+            input_rstd,
+            qk_raw,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            attention_out,
+            middle,
+            middle_rstd,
+            gate,
+            up,
+            mlp_out,
+            xa,
+            swiglu,
+        };
         (acts, down)
     }
 
     fn attend(&mut self, l: usize, q: TensorId, k: TensorId, v: TensorId) -> (TensorId, TensorId) {
-        let heads = self.heads;
+        let (heads, score) = (self.heads(l), self.score());
         let out = self.act(&format!("layer {l} attention heads"), Stage::Activations, heads.q * heads.dim);
         let cu_seqlens = self.ids.cu_seqlens;
         if let Some(&(k_cache, v_cache)) = self.caches.get(l) {
             let positions = self.ids.positions;
-            self.push(Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads }));
+            self.push(Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads, score }));
             return (out, out);
         }
         let lse = self.stat(&format!("layer {l} lse"), heads.q);
-        self.push(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads }));
+        self.push(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads, score }));
         (out, lse)
     }
 
     fn swiglu(&mut self, l: usize, gate: TensorId, up: TensorId) -> TensorId {
         let out = self.act(&format!("layer {l} swiglu"), Stage::Activations, self.spec.intermediate_size);
-        self.push(Op::Swiglu(Swiglu { gate, up, out }));
+        let activation = self.spec.activation;
+        self.push(Op::Swiglu(Swiglu { gate, up, out, activation }));
         out
     }
 
@@ -402,6 +499,7 @@ impl<'a> Pass<'a> {
             x: last,
             rstd,
             weight,
+            offset: self.spec.norm_offset(),
             dx: dres,
             accumulate: false,
             grad,
@@ -427,8 +525,8 @@ impl<'a> Pass<'a> {
             self.layer_backward(l, &acts, dres);
         }
         if let Some(grad) = self.layout.embedding.grad {
-            let tokens = self.ids.tokens;
-            self.push(Op::EmbeddingBackward(EmbeddingBackward { tokens, dout: dres, grad }));
+            let (tokens, scale) = (self.ids.tokens, self.embedding_scale());
+            self.push(Op::EmbeddingBackward(EmbeddingBackward { tokens, dout: dres, grad, scale }));
         }
         self.ops
     }
@@ -455,59 +553,131 @@ impl<'a> Pass<'a> {
         }
         let order = |m: usize| [0, 0, 0, 1, 2, 2, 3][m];
         self.layout.layers.iter().enumerate().any(|(i, layer)| {
-            layer.linears.iter().enumerate().any(|(m, linear)| linear.lora.is_some() && (i, order(m)) < (l, group))
+            let adapted = |linear: &Option<LinearIds>| linear.is_some_and(|linear| linear.lora.is_some());
+            layer.linears.iter().enumerate().any(|(m, linear)| adapted(linear) && (i, order(m)) < (l, group))
         })
     }
 
     /// From the gradient of the layer's output (in `dres`) to that of its input (in `dres` again).
     fn layer_backward(&mut self, l: usize, a: &LayerActs, dres: TensorId) {
         let ids = self.layout.layers[l].clone();
-        let [_, _, _, o, gate, up, down] = self.linears(l);
-        let mlp_reads_norm = self.learns(&gate) || self.learns(&up);
+        let (o, down) = (self.module(l, O), self.module(l, DOWN));
         // MLP
         let h = match a.swiglu {
             _ if !self.learns(&down) => None,
             Some(h) => Some(h),
             None => Some(self.swiglu(l, a.gate, a.up)),
         };
+        let dmlp = self.out_norm_backward(l, "down", dres, a.mlp_out, ids.mlp_out_norm);
         let dh = self.grad_act(l, "swiglu", self.spec.intermediate_size, self.trained_before(l, 3));
-        self.linear_backward(down, h, a.xa[DOWN], dres, dh, false);
+        self.linear_backward(down, h, a.xa[DOWN], dmlp, dh, false);
         let Some(dh) = dh else { return };
-        self.push(Op::SwigluBackward(SwigluBackward { gate: a.gate, up: a.up, dout: dh }));
-        let n2 = self.renorm(l, "mlp", a.middle, a.middle_rstd, ids.post_norm, mlp_reads_norm);
+        let activation = self.spec.activation;
+        self.push(Op::SwigluBackward(SwigluBackward { gate: a.gate, up: a.up, dout: dh, activation }));
+        let n2 = self.renorm(l, "mlp", a.middle, a.middle_rstd, ids.post_norm, self.any_learns(l, GATE..=UP));
         let dn2 = self.grad_act(l, "mlp normed", self.hidden(), self.trained_before(l, 2));
-        self.linear_backward(gate, n2, a.xa[GATE], a.gate, dn2, false);
-        self.linear_backward(up, n2, a.xa[UP], a.up, dn2, true);
+        self.side_by_side_backward(l, GATE, n2, &[a.gate, a.up], dn2, &a.xa);
         let Some(dn2) = dn2 else { return };
         self.norm_backward(dn2, a.middle, a.middle_rstd, ids.post_norm, dres);
         // Attention
-        let heads = self.heads;
+        let (heads, score) = (self.heads(l), self.score());
+        let dattn = self.out_norm_backward(l, "attention output", dres, a.attention_out, ids.attention_out_norm);
         let do_ = self.grad_act(l, "attention heads", heads.q * heads.dim, self.trained_before(l, 1));
         let x = self.learns(&o).then_some(a.o);
-        self.linear_backward(o, x, a.xa[O], dres, do_, false);
+        self.linear_backward(o, x, a.xa[O], dattn, do_, false);
         let Some(dout) = do_ else { return };
         let dq = self.act(&format!("layer {l} q gradient"), Stage::ActivationGradients, heads.q * heads.dim);
         let dk = self.act(&format!("layer {l} k gradient"), Stage::ActivationGradients, heads.kv * heads.dim);
         let dv = self.act(&format!("layer {l} v gradient"), Stage::ActivationGradients, heads.kv * heads.dim);
-        let (cu_seqlens, positions, inv_freq) = (self.ids.cu_seqlens, self.ids.positions, self.layout.inv_freq);
+        let cu_seqlens = self.ids.cu_seqlens;
         let LayerActs { q, k, v, o: out, lse, .. } = *a;
-        self.push(Op::AttentionBackward(AttentionBackward { q, k, v, out, lse, cu_seqlens, dout, dq, dk, dv, heads }));
-        self.push(Op::Rotary(Rotary { q: dq, k: dk, positions, inv_freq, inverse: true, heads }));
+        self.push(Op::AttentionBackward(AttentionBackward {
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            dout,
+            dq,
+            dk,
+            dv,
+            heads,
+            score,
+        }));
+        self.rotary(l, dq, dk, true);
+        let [dq, dk] = self.qk_norm_backward(l, a, [dq, dk]);
         self.qkv_backward(l, a, [dq, dk, dv], dres);
     }
 
+    /// From the gradients of the normed q and k to those of what was normed.
+    fn qk_norm_backward(&mut self, l: usize, a: &LayerActs, dout: [TensorId; 2]) -> [TensorId; 2] {
+        let (Some(norms), Some(raw)) = (self.layout.layers[l].qk_norm, a.qk_raw) else { return dout };
+        let heads = self.heads(l);
+        let widths = [("q before its norm", heads.q * heads.dim), ("k before its norm", heads.kv * heads.dim)];
+        std::array::from_fn(|i| {
+            let (name, width) = widths[i];
+            let dx = self.act(&format!("layer {l} {name} gradient"), Stage::ActivationGradients, width);
+            let (x, rstd) = raw[i];
+            self.norm_gradient(dout[i], x, rstd, norms[i], dx, false);
+            dx
+        })
+    }
+
+    /// From the gradient of the stream to that of an output that was normed before it was added.
+    fn out_norm_backward(
+        &mut self,
+        l: usize,
+        what: &str,
+        dres: TensorId,
+        kept: Option<(TensorId, TensorId)>,
+        norm: Option<NormIds>,
+    ) -> TensorId {
+        let (Some((x, rstd)), Some(norm)) = (kept, norm) else { return dres };
+        let dx = self.act(&format!("layer {l} {what} gradient"), Stage::ActivationGradients, self.hidden());
+        self.norm_gradient(dres, x, rstd, norm, dx, false);
+        dx
+    }
+
     fn qkv_backward(&mut self, l: usize, a: &LayerActs, dy: [TensorId; 3], dres: TensorId) {
-        let ids = self.layout.layers[l].clone();
-        let linears = self.linears(l);
-        let learns = linears[..3].iter().any(|m| self.learns(m));
-        let n1 = self.renorm(l, "attention", a.input, a.input_rstd, ids.input_norm, learns);
+        let norm = self.layout.layers[l].input_norm;
+        let n1 = self.renorm(l, "attention", a.input, a.input_rstd, norm, self.any_learns(l, Q..=V));
         let dn1 = self.grad_act(l, "attention normed", self.hidden(), self.trained_before(l, 0));
-        for m in [Q, K, V] {
-            self.linear_backward(linears[m], n1, a.xa[m], dy[m], dn1, m != Q);
-        }
+        self.side_by_side_backward(l, Q, n1, &dy, dn1, &a.xa);
         if let Some(dn1) = dn1 {
-            self.norm_backward(dn1, a.input, a.input_rstd, ids.input_norm, dres);
+            self.norm_backward(dn1, a.input, a.input_rstd, norm, dres);
         }
+    }
+
+    /// The gradients of modules that were computed side by side from one input.
+    fn side_by_side_backward(
+        &mut self,
+        l: usize,
+        first: usize,
+        x: Option<TensorId>,
+        dy: &[TensorId],
+        dx: Option<TensorId>,
+        xa: &[Option<TensorId>; 7],
+    ) {
+        if self.layout.layers[l].linears[first + 1].is_some() {
+            for (i, &dy) in dy.iter().enumerate() {
+                self.linear_backward(self.module(l, first + i), x, xa[first + i], dy, dx, i > 0);
+            }
+            return;
+        }
+        let linear = self.module(l, first);
+        if self.learns(&linear) || dx.is_some() {
+            let name = if first == Q { "q k v" } else { "gate up" };
+            let whole =
+                self.act(&format!("layer {l} {name} gradient"), Stage::ActivationGradients, linear.out_features);
+            self.push(Op::JoinColumns(JoinColumns { parts: dy.to_vec(), whole }));
+            self.linear_backward(linear, x, xa[first], whole, dx, false);
+        }
+    }
+
+    /// Whether the gradients of any of these modules need their input.
+    fn any_learns(&self, l: usize, places: std::ops::RangeInclusive<usize>) -> bool {
+        self.layout.layers[l].linears[places].iter().flatten().any(|m| self.learns(m))
     }
 
     /// Whether the module's gradients need its input.
@@ -530,14 +700,27 @@ impl<'a> Pass<'a> {
     ) -> Option<TensorId> {
         wanted.then(|| {
             let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, self.hidden());
-            self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, out }));
+            let offset = self.spec.norm_offset();
+            self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, offset, out }));
             out
         })
     }
 
     fn norm_backward(&mut self, dout: TensorId, x: TensorId, rstd: TensorId, norm: NormIds, dx: TensorId) {
-        let NormIds { weight, grad } = norm;
-        self.push(Op::RmsnormBackward(RmsnormBackward { dout, x, rstd, weight, dx, accumulate: true, grad }));
+        self.norm_gradient(dout, x, rstd, norm, dx, true);
+    }
+
+    fn norm_gradient(
+        &mut self,
+        dout: TensorId,
+        x: TensorId,
+        rstd: TensorId,
+        norm: NormIds,
+        dx: TensorId,
+        accumulate: bool,
+    ) {
+        let (NormIds { weight, grad }, offset) = (norm, self.spec.norm_offset());
+        self.push(Op::RmsnormBackward(RmsnormBackward { dout, x, rstd, weight, offset, dx, accumulate, grad }));
     }
 
     fn linear_backward(
@@ -561,7 +744,12 @@ impl<'a> Pass<'a> {
         let labels = self.ids.labels.expect("phases with a loss have labels");
         let (loss, chunk) = (self.layout.loss, self.cfg.ce_chunk.min(self.tokens));
         let grad = if dx.is_some() { grad } else { None };
-        self.push(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx, grad, loss, chunk }));
+        let softcap = self.final_softcap();
+        self.push(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx, grad, loss, chunk, softcap }));
+    }
+
+    fn final_softcap(&self) -> Option<f32> {
+        self.spec.final_logit_softcapping.map(|cap| cap as f32)
     }
 
     fn evaluate(mut self) -> Vec<Op> {
@@ -578,7 +766,7 @@ impl<'a> Pass<'a> {
     }
 
     fn generate(mut self, context: usize) -> Vec<Op> {
-        let shape = [context, self.heads.kv, self.heads.dim];
+        let shape = [context, self.spec.num_key_value_heads, self.spec.head_dim];
         for l in 0..self.spec.num_hidden_layers {
             let mut cache = |which: &str| {
                 let name = format!("layer {l} {which} cache");
@@ -596,6 +784,7 @@ impl<'a> Pass<'a> {
         let weight = self.layout.lm_head.weight;
         let shape = [chunk, self.spec.vocab_size];
         let logits = self.regions.within(self.phase, "logits", Stage::Activations, DType::F32, &shape);
-        self.push(Op::LmHeadLogits(LmHeadLogits { x, weight, logits, chunk, last_only }));
+        let softcap = self.final_softcap();
+        self.push(Op::LmHeadLogits(LmHeadLogits { x, weight, logits, chunk, last_only, softcap }));
     }
 }

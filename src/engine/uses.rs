@@ -1,6 +1,6 @@
 //! Which tensors an operation touches: what the plan's lifetimes are read from.
 
-use super::ops::{Moments, Op, TensorId, Weight};
+use super::ops::{JoinColumns, Moments, Op, SplitColumns, TensorId, Weight};
 
 impl Op {
     /// Every tensor that the operation reads or writes, in no particular order.
@@ -30,9 +30,11 @@ impl Op {
                 add(o.xa.as_slice());
                 if o.y.is_some() {
                     add(&weight_tensors(o.linear.weight));
+                    add(o.linear.bias.map(|b| b.b).as_slice());
                 }
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
+                    add(lora.magnitude.map(|m| m.m).as_slice());
                 }
             }
             Op::LinearBackward(o) => {
@@ -40,16 +42,25 @@ impl Op {
                 for id in [o.x, o.xa, o.dx] {
                     add(id.as_slice());
                 }
-                if o.dx.is_some() {
+                if o.dx.is_some() || o.linear.lora.is_some_and(|l| l.magnitude.is_some()) {
                     add(&weight_tensors(o.linear.weight));
                 }
                 add(o.linear.grad.as_slice());
+                add(o.linear.bias.and_then(|b| b.grad).as_slice());
                 if let Some(lora) = &o.linear.lora {
                     add(&[lora.a, lora.b]);
+                    if let Some(m) = lora.magnitude {
+                        add(&[m.m]);
+                        add(m.grad.as_slice());
+                    }
                     if let Some((grad_a, grad_b)) = lora.grads {
                         add(&[grad_a, grad_b]);
                     }
                 }
+            }
+            Op::SplitColumns(SplitColumns { whole, parts }) | Op::JoinColumns(JoinColumns { whole, parts }) => {
+                add(&[*whole]);
+                add(parts);
             }
             Op::Rotary(o) => add(&[o.q, o.k, o.positions, o.inv_freq]),
             Op::Attention(o) => add(&[o.q, o.k, o.v, o.out, o.lse, o.cu_seqlens]),

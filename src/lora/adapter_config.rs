@@ -2,10 +2,9 @@
 
 use std::fmt;
 
-use fancy_regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::config::{LoraConfig, Targets, scaling};
+use super::config::{LoraConfig, Targets};
 use crate::{Error, Result};
 
 /// PEFT's `adapter_config.json`.
@@ -15,10 +14,6 @@ pub struct AdapterConfig {
     pub base_model_name_or_path: Option<String>,
     /// Rank, scaling, dropout and targets.
     pub lora: LoraConfig,
-    /// Ranks of single modules: (pattern, r), the first pattern that matches counts.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// `lora_alpha` of single modules, likewise.
-    pub alpha_pattern: Vec<(String, f64)>,
     /// `CAUSAL_LM` for the models of this library.
     pub task_type: Option<String>,
     /// All other keys as they were read; they are written again.
@@ -37,8 +32,7 @@ const DEFAULTS: &str = r#"{
 }"#;
 
 /// Keys that change what the adapter computes, with the reason why another value than "off" is refused.
-const REFUSED: [(&str, &str); 18] = [
-    ("use_dora", "DoRA also learns a magnitude per row"),
+const REFUSED: [(&str, &str); 17] = [
     ("lora_bias", "B with a bias is not supported"),
     ("modules_to_save", "whole modules stored in the adapter are not supported"),
     ("trainable_token_indices", "trained token rows are not supported"),
@@ -61,14 +55,7 @@ const REFUSED: [(&str, &str); 18] = [
 impl AdapterConfig {
     /// A config for an adapter that was trained here.
     pub fn new(lora: LoraConfig, base_model_name_or_path: Option<String>) -> Self {
-        AdapterConfig {
-            base_model_name_or_path,
-            lora,
-            rank_pattern: Vec::new(),
-            alpha_pattern: Vec::new(),
-            task_type: Some("CAUSAL_LM".into()),
-            extra: Map::new(),
-        }
+        AdapterConfig { base_model_name_or_path, lora, task_type: Some("CAUSAL_LM".into()), extra: Map::new() }
     }
 
     /// Reads the text of an `adapter_config.json`.
@@ -81,7 +68,21 @@ impl AdapterConfig {
             Error::new("the adapter's config is not a JSON object").caused_by(e).next("save the adapter again")
         })?;
         refuse(&map)?;
+        // Written again in the form that they were read in.
+        let layers_to_transform = one_or_many("layers_to_transform", map.get("layers_to_transform"))?;
+        let layers_pattern = one_or_many("layers_pattern", map.get("layers_pattern"))?.unwrap_or_default();
         let mut get = |key: &str| map.remove(key).filter(|v| !v.is_null());
+        let pattern = |key: &str, v: Option<Value>| -> Result<Vec<(String, Value)>> {
+            Ok(field::<Map<String, Value>>(key, v)?.unwrap_or_default().into_iter().collect())
+        };
+        let rank_pattern = pattern("rank_pattern", get("rank_pattern"))?
+            .into_iter()
+            .map(|(k, v)| Ok((k, field::<usize>("rank_pattern", Some(v))?.unwrap_or_default())))
+            .collect::<Result<_>>()?;
+        let alpha_pattern = pattern("alpha_pattern", get("alpha_pattern"))?
+            .into_iter()
+            .map(|(k, v)| Ok((k, field::<f64>("alpha_pattern", Some(v))?.unwrap_or_default())))
+            .collect::<Result<_>>()?;
         let default = LoraConfig { r: 8, lora_alpha: 8.0, ..LoraConfig::default() };
         let lora = LoraConfig {
             r: field("r", get("r"))?.unwrap_or(default.r),
@@ -91,25 +92,16 @@ impl AdapterConfig {
             // PEFT's own default for Llama and Mistral.
             target_modules: field("target_modules", get("target_modules"))?.unwrap_or("q_proj,v_proj".into()),
             exclude_modules: field("exclude_modules", get("exclude_modules"))?,
+            rank_pattern,
+            alpha_pattern,
+            layers_to_transform,
+            layers_pattern,
+            use_dora: field("use_dora", get("use_dora"))?.unwrap_or(false),
         };
         lora.validate()?;
-        let pattern = |key: &str, v: Option<Value>| -> Result<Vec<(String, Value)>> {
-            Ok(field::<Map<String, Value>>(key, v)?.unwrap_or_default().into_iter().collect())
-        };
-        let rank_pattern = pattern("rank_pattern", get("rank_pattern"))?;
-        let alpha_pattern = pattern("alpha_pattern", get("alpha_pattern"))?;
-        let number = |key: &'static str| move |v: Value| field(key, Some(v)).map(Option::unwrap_or_default);
         Ok(AdapterConfig {
             base_model_name_or_path: field("base_model_name_or_path", get("base_model_name_or_path"))?,
             lora,
-            rank_pattern: rank_pattern
-                .into_iter()
-                .map(|(k, v)| Ok((k, field::<usize>("rank_pattern", Some(v))?.unwrap_or_default())))
-                .collect::<Result<_>>()?,
-            alpha_pattern: alpha_pattern
-                .into_iter()
-                .map(|(k, v)| Ok((k, number("alpha_pattern")(v)?)))
-                .collect::<Result<_>>()?,
             task_type: field("task_type", get("task_type"))?,
             extra: map,
         })
@@ -129,11 +121,17 @@ impl AdapterConfig {
             ("use_rslora", json!(l.use_rslora)),
             ("target_modules", json!(l.target_modules)),
             ("exclude_modules", json!(l.exclude_modules)),
-            ("rank_pattern", self.rank_pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect()),
-            ("alpha_pattern", self.alpha_pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect()),
+            ("rank_pattern", l.rank_pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect()),
+            ("alpha_pattern", l.alpha_pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect()),
+            ("use_dora", json!(l.use_dora)),
             ("task_type", json!(self.task_type)),
         ];
         map.extend(own.map(|(k, v)| (k.to_string(), v)));
+        if !self.extra.contains_key("layers_to_transform") && l.layers_to_transform.is_some() {
+            map.insert("layers_to_transform".into(), json!(l.layers_to_transform));
+            let patterns = (!l.layers_pattern.is_empty()).then_some(&l.layers_pattern);
+            map.insert("layers_pattern".into(), json!(patterns));
+        }
         map.sort_keys();
         format!("{:#}", Value::Object(map))
     }
@@ -143,14 +141,7 @@ impl AdapterConfig {
     /// # Errors
     /// A pattern that is not a regular expression.
     pub fn of(&self, module: &str) -> Result<LoraConfig> {
-        let mut lora = self.lora.clone();
-        if let Some(r) = first(&self.rank_pattern, module)? {
-            lora.r = r;
-        }
-        if let Some(alpha) = first(&self.alpha_pattern, module)? {
-            lora.lora_alpha = alpha;
-        }
-        Ok(lora)
+        self.lora.of(module)
     }
 
     /// The scaling of one module.
@@ -158,8 +149,7 @@ impl AdapterConfig {
     /// # Errors
     /// As [`AdapterConfig::of`].
     pub fn scaling_of(&self, module: &str) -> Result<f64> {
-        let l = self.of(module)?;
-        Ok(scaling(l.lora_alpha, l.r, l.use_rslora))
+        Ok(self.of(module)?.scaling())
     }
 
     /// Keys that are kept in the file but not understood by this library.
@@ -169,20 +159,13 @@ impl AdapterConfig {
     }
 }
 
-/// PEFT's rule: the first key whose `(.*\.)?(key)` matches the whole path.
-fn first<T: Copy>(patterns: &[(String, T)], module: &str) -> Result<Option<T>> {
-    for (key, value) in patterns {
-        let re = Regex::new(&format!(r"\A(?:.*\.)?(?:{key})\z")).and_then(|re| re.is_match(module)).map_err(|e| {
-            Error::new("a pattern of the adapter's config cannot be used")
-                .at("rank_pattern or alpha_pattern")
-                .expected("a regular expression")
-                .found(format!("`{key}`: {e}"))
-        })?;
-        if re {
-            return Ok(Some(*value));
-        }
+/// One value or a list of them.
+fn one_or_many<T: serde::de::DeserializeOwned>(key: &str, v: Option<&Value>) -> Result<Option<Vec<T>>> {
+    match v.filter(|v| !v.is_null()) {
+        None => Ok(None),
+        Some(v @ Value::Array(_)) => field(key, Some(v.clone())),
+        Some(v) => Ok(field(key, Some(v.clone()))?.map(|one| vec![one])),
     }
-    Ok(None)
 }
 
 fn field<T: serde::de::DeserializeOwned>(key: &str, v: Option<Value>) -> Result<Option<T>> {

@@ -5,7 +5,7 @@ use std::fmt;
 
 use candle_core::DType;
 
-use super::config::{Targets, entry_matches};
+use super::config::{Layers, Targets, entry_matches};
 use crate::model::{LinearModule, ModelSpec};
 use crate::{Error, Result};
 
@@ -24,6 +24,9 @@ pub struct Discovery {
     pub excluded: Vec<LinearModule>,
     /// Parameters of the model without adapters.
     pub base_params: u64,
+    /// What "all-linear" adds to a mixture of experts for each rank: PEFT adapts the experts and the router, which are bare
+    /// parameters and no linear modules, gate and up of an expert together at twice the rank. 0 for every other model.
+    pub expert_params: u64,
 }
 
 /// What happens to a module.
@@ -68,10 +71,15 @@ impl TargetGroup {
 /// A listed name that is no linear module (with the nearest that is), a regular expression that is not valid or
 /// matches nothing, and `lm_head` where it is tied to the embedding table.
 pub fn discover(spec: &ModelSpec, targets: impl Into<Targets>) -> Result<Discovery> {
-    find(spec, &targets.into(), None)
+    find(spec, &targets.into(), None, None)
 }
 
-pub(super) fn find(spec: &ModelSpec, targets: &Targets, exclude: Option<&Targets>) -> Result<Discovery> {
+pub(super) fn find(
+    spec: &ModelSpec,
+    targets: &Targets,
+    exclude: Option<&Targets>,
+    layers: Option<&Layers>,
+) -> Result<Discovery> {
     let linears = spec.linears();
     check(targets, &linears, "target_modules")?;
     if let Some(exclude) = exclude {
@@ -85,14 +93,26 @@ pub(super) fn find(spec: &ModelSpec, targets: &Targets, exclude: Option<&Targets
         unmatched: Vec::new(),
         excluded: Vec::new(),
         base_params: spec.total_params(),
+        expert_params: match targets {
+            Targets::AllLinear => expert_params(spec),
+            _ => 0,
+        },
     };
+    let named = |path: &str| matches!(targets, Targets::List(list) if list.iter().any(|entry| entry == path));
+    if let Some(beyond) = layers.and_then(|l| l.only.iter().find(|&&l| l >= spec.num_hidden_layers)) {
+        return Err(Error::new("the model has no such layer")
+            .at("layers_to_transform")
+            .expected(format!("below {}", spec.num_hidden_layers))
+            .found(beyond.to_string())
+            .next("layers are counted from 0"));
+    }
     for m in linears {
         // PEFT asks exclude_modules first.
         if let Some(exclude) = &exclude
             && exclude.matches(&m.name)?
         {
             out.excluded.push(m);
-        } else if target.matches(&m.name)? {
+        } else if target.matches(&m.name)? && layers.is_none_or(|l| named(&m.name) || l.holds(&m.name)) {
             if m.name == "lm_head" && spec.tie_word_embeddings {
                 return Err(Error::new("a tied lm_head cannot be adapted")
                     .at("target_modules")
@@ -115,6 +135,12 @@ pub(super) fn find(spec: &ModelSpec, targets: &Targets, exclude: Option<&Targets
         });
     }
     Ok(out)
+}
+
+fn expert_params(spec: &ModelSpec) -> u64 {
+    let Some(experts) = spec.experts else { return 0 };
+    let (c, f, e) = (spec.hidden_size, spec.intermediate_size, experts.num_local_experts);
+    (spec.num_hidden_layers * (e * (2 * (c + 2 * f) + (f + c)) + c + e)) as u64
 }
 
 /// Every entry of a list must name something: a slip of the pen would otherwise train fewer modules in silence.
@@ -177,9 +203,10 @@ fn leaves(linears: &[LinearModule]) -> Vec<String> {
 }
 
 impl Discovery {
-    /// Trainable parameters at rank `r`: the sum of `r * (in + out)` over the matched modules.
+    /// Trainable parameters at rank `r`: the sum of `r * (in + out)` over the matched modules, and a mixture's experts.
     pub fn params(&self, r: usize) -> u64 {
-        self.matched.iter().map(|m| r as u64 * (m.in_features + m.out_features) as u64).sum()
+        let linear: u64 = self.matched.iter().map(|m| (m.in_features + m.out_features) as u64).sum();
+        r as u64 * (linear + self.expert_params)
     }
 
     /// Bytes of the adapter at rank `r` in `dtype`; PEFT's files are F32.
@@ -221,16 +248,25 @@ impl Discovery {
                 }
             }
         }
-        let order: BTreeMap<&str, usize> =
-            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-                .into_iter()
-                .enumerate()
-                .map(|(i, l)| (l, i))
-                .collect();
+        let order: BTreeMap<&str, usize> = LEAVES.into_iter().enumerate().map(|(i, l)| (l, i)).collect();
         out.sort_by_key(|g| (order.get(g.leaf.as_str()).copied().unwrap_or(usize::MAX), g.status));
         out
     }
 }
+
+/// The order of the network.
+const LEAVES: [&str; 10] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "lm_head",
+];
 
 /// 1234567 as 1,234,567.
 fn commas(n: u64) -> String {
@@ -258,6 +294,10 @@ impl fmt::Display for Discovery {
             };
             let shape = format!("[{}, {}]", g.out_features, g.in_features);
             writeln!(f, "  {:<10} {:>7}  {shape:<15} {status:<10} {:>16}", g.leaf, g.count, commas(g.params(1)))?;
+        }
+        if self.expert_params > 0 {
+            let params = commas(self.expert_params);
+            writeln!(f, "  {:<10} {:>7}  {:<15} {:<10} {params:>16}", "experts", "", "", "matched")?;
         }
         write!(
             f,

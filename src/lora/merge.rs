@@ -7,7 +7,8 @@ use std::time::Instant;
 use candle_core::DType;
 use serde_json::Value;
 
-use super::adapter::AdapterFiles;
+use super::adapter::{AdapterFiles, EMBEDDING};
+use super::delta::{round_to, to_bytes};
 use super::merge_report::{MergeBase, MergeReport, dtype_text};
 use super::merge_weight::{Job, Sink, Source};
 use crate::model::bnb_write::{BnbWriter, MAX_SHARD_BYTES, copy_tensor, torch_name};
@@ -53,6 +54,8 @@ pub fn merge(base_dir: impl AsRef<Path>, adapter_dir: impl AsRef<Path>) -> Resul
     let base = Base::from_dir(base_dir)?;
     let adapter = AdapterFiles::open(&adapter_dir)?;
     adapter.check(base.spec()).map_err(|e| e.at_path(&adapter_dir))?;
+    check_tied(base.spec(), &adapter).map_err(|e| e.at_path(&adapter_dir))?;
+    check_biases(&base, &adapter).map_err(|e| e.at_path(&adapter_dir))?;
     Ok(Merge { base, adapter })
 }
 
@@ -103,7 +106,7 @@ impl MergeOnto {
         let start = Instant::now();
         let run = Run::new(self)?;
         let mut report = run.empty_report();
-        for m in run.base.spec().linears() {
+        for m in run.base.spec().matrices() {
             run.weight(&m, Sink::Nothing, &mut report)?;
         }
         report.seconds = start.elapsed().as_secs_f64();
@@ -240,6 +243,10 @@ impl<'a> Run<'a> {
             if report.modules.len() > before {
                 continue;
             }
+            if let Some(bias) = h.name.strip_suffix(".bias").map(|m| self.adapter.bias(m)).transpose()?.flatten() {
+                out.write_f32(&h.name, &bias)?;
+                continue;
+            }
             // A 4-bit weight without an adapter is decoded all the same: the output is dense.
             match linear.map(|m| self.base.nf4(&m.name)).transpose()?.flatten() {
                 Some(q) => out.write_f32(&h.name, &q.dequantize_f32()?)?,
@@ -277,7 +284,17 @@ impl<'a> Run<'a> {
     /// All linear modules of the layers in 4 bits, the rest as it is.
     fn write_quantized(&self, dir: &Path, report: &mut MergeReport) -> Result<u64> {
         let mut out = BnbWriter::create(dir)?;
-        for m in self.base.spec().linears() {
+        for module in self.adapter.biased() {
+            let (name, bias) = (format!("{module}.bias"), self.adapter.bias(module)?.unwrap_or_default());
+            let info = self.base.checkpoint().info(&name)?;
+            let dtype = info.dtype;
+            out.add_dense(TensorHeader::new(name, dtype, info.shape), |w| {
+                let mut bias = bias;
+                round_to(dtype, &mut bias);
+                w.write_all(&to_bytes(dtype, &bias)).map_err(|e| Error::io("write", dir, e))
+            })?;
+        }
+        for m in self.base.spec().matrices() {
             let name = format!("{}.weight", m.name);
             if m.layer.is_none() && self.base.nf4(&m.name)?.is_none() {
                 // lm_head stays dense, as transformers leaves it; tied, it is not in the file.
@@ -320,12 +337,43 @@ impl<'a> Run<'a> {
     }
 }
 
+/// A tied table is both the embeddings and `lm_head`: what an adapter adds to one of them, a merge would add to both.
+fn check_tied(spec: &ModelSpec, adapter: &AdapterFiles) -> Result<()> {
+    let tied = adapter.modules().find(|m| ["lm_head", EMBEDDING].contains(m) && spec.tie_word_embeddings);
+    match tied {
+        None => Ok(()),
+        Some(module) => Err(Error::new("an adapter on a tied embedding table cannot be merged")
+            .at(module.to_string())
+            .expected("modules with a weight of their own")
+            .found(format!("the table that {} also uses at its other end", spec.name))
+            .next("give the base a lm_head.weight of its own and set tie_word_embeddings to false in its config.json")),
+    }
+}
+
+/// A trained bias replaces one that the base has.
+fn check_biases(base: &Base, adapter: &AdapterFiles) -> Result<()> {
+    for module in adapter.biased() {
+        let name = format!("{module}.bias");
+        let have = if base.checkpoint().contains(&name) { base.checkpoint().info(&name)?.shape } else { Vec::new() };
+        let found = adapter.bias(module)?.map_or(0, |b| b.len());
+        if have != [found] {
+            return Err(Error::new("the adapter has a bias that does not fit the base")
+                .at(name)
+                .expected(if have.is_empty() { "no bias".into() } else { format!("{have:?}") })
+                .found(format!("[{found}]"))
+                .next("use the base model that the adapter was trained on"));
+        }
+    }
+    Ok(())
+}
+
 fn by_weight(spec: &ModelSpec) -> std::collections::HashMap<String, LinearModule> {
-    spec.linears().into_iter().map(|m| (format!("{}.weight", m.name), m)).collect()
+    spec.matrices().into_iter().map(|m| (format!("{}.weight", m.name), m)).collect()
 }
 
 /// Files are in another order than the network.
 fn sort_as_network(report: &mut MergeReport, spec: &ModelSpec) {
-    let order: std::collections::HashMap<String, usize> = spec.linears().into_iter().map(|m| m.name).zip(0..).collect();
+    let order: std::collections::HashMap<String, usize> =
+        spec.matrices().into_iter().map(|m| m.name).zip(0..).collect();
     report.modules.sort_by_key(|m| order.get(&m.module).copied());
 }

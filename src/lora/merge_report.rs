@@ -53,7 +53,7 @@ pub struct MergeCost {
 pub struct ModuleMerge {
     /// Module path.
     pub module: String,
-    /// Decoder layer; `None` for `lm_head`.
+    /// Decoder layer; `None` for `lm_head` and `embed_tokens`.
     pub layer: Option<usize>,
     /// Rows of the weight.
     pub out_features: usize,
@@ -117,7 +117,7 @@ pub struct MergeReport {
 /// The weights of one layer together: root of the sum of squares for norms, weighted likewise for costs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerMerge {
-    /// Decoder layer; `None` for `lm_head`, and for the whole model.
+    /// Decoder layer; `None` for the modules outside the layers, and for the whole model.
     pub layer: Option<usize>,
     /// How many weights.
     pub modules: usize,
@@ -144,6 +144,15 @@ impl MergeReport {
             }
         }
         out
+    }
+
+    /// What a row of [`MergeReport::layers`] is called: its number, or the modules outside the layers.
+    pub fn layer_name(&self, layer: Option<usize>) -> String {
+        let leaf = |m: &ModuleMerge| m.module.rsplit('.').next().unwrap_or_default().to_string();
+        match layer {
+            Some(n) => n.to_string(),
+            None => self.modules.iter().filter(|m| m.layer.is_none()).map(leaf).collect::<Vec<_>>().join(", "),
+        }
     }
 
     /// All merged weights as one.
@@ -212,8 +221,7 @@ impl fmt::Display for MergeReport {
             "layer", "", "", "", "kept", "distance", "kept", "distance", "kept", "distance"
         )?;
         for l in self.layers() {
-            let name = l.layer.map_or("lm_head".into(), |n| n.to_string());
-            row(f, &name, &l)?;
+            row(f, &self.layer_name(l.layer), &l)?;
         }
         row(f, "together", &self.total())?;
         if let Some(dir) = &self.dir {

@@ -63,6 +63,9 @@ struct Scratch {
     d: Vec<f32>,
     delta: Vec<f32>,
     result: Vec<f32>,
+    /// With DoRA: the change of the original and of the decoded weight, which are not the same.
+    change_w: Vec<f32>,
+    change_d: Vec<f32>,
 }
 
 /// What a block of the main pass gives.
@@ -176,7 +179,7 @@ impl Job<'_> {
         quantize: bool,
     ) -> Result<BlockOut> {
         let (start, n) = (b.first * self.module.in_features, b.rows * self.module.in_features);
-        let Scratch { w, d, delta, result } = s;
+        let Scratch { w, d, delta, result, change_w, change_d } = s;
         for buffer in [&mut *w, &mut *d, &mut *delta, &mut *result] {
             buffer.resize(n, 0.0);
         }
@@ -191,15 +194,19 @@ impl Job<'_> {
                 false
             }
         };
+        let of_quantized = decoded.is_some() && self.trained_on_quantized;
+        let delta_w: &[f32] = self.change(b.first, w, delta, change_w);
+        let delta_d: &[f32] = self.change(b.first, d, delta, change_d);
+        let delta: &[f32] = if of_quantized { delta_d } else { delta_w };
         let mut out = BlockOut { w2: squares(w), delta2: squares(delta), ..BlockOut::default() };
         if !out.delta2.is_finite() {
             return Err(not_finite("B A of the adapter", f32::INFINITY));
         }
-        let trained: &[f32] = if decoded.is_some() && self.trained_on_quantized { d } else { w };
+        let trained: &[f32] = if of_quantized { d } else { w };
         let onto_original = matches!(self.onto, MergeBase::Original) || decoded.is_none();
         if dense && (self.compare || onto_original) {
-            add_rounded(w, delta, dtype, result);
-            out.original = compare(result, w, delta);
+            add_rounded(w, delta_w, dtype, result);
+            out.original = compare(result, w, delta_w);
             out.original_distance = compare(result, trained, delta).diff;
             if emit && onto_original {
                 out.bytes = checked_bytes(dtype, result)?;
@@ -207,11 +214,11 @@ impl Job<'_> {
         }
         if decoded.is_some() {
             if quantize {
-                sum(d, delta, result);
+                sum(d, delta_d, result);
                 out.quantized = Some(quantize_window(result, self.cfg)?);
             }
-            add_rounded(d, delta, dtype, result);
-            out.dequantized = compare(result, d, delta);
+            add_rounded(d, delta_d, dtype, result);
+            out.dequantized = compare(result, d, delta_d);
             out.dequantized_distance = compare(result, trained, delta).diff;
             if emit && !onto_original {
                 out.bytes = checked_bytes(dtype, result)?;
@@ -220,24 +227,40 @@ impl Job<'_> {
         Ok(out)
     }
 
+    /// The change of `base`, rows from `first` on, that the adapter means: `delta` itself, with DoRA
+    /// `magnitude / |base + delta| (base + delta) - base` in `space` (arXiv 2402.09353).
+    fn change<'s>(&self, first: usize, base: &[f32], delta: &'s [f32], space: &'s mut Vec<f32>) -> &'s [f32] {
+        let Some(magnitude) = &self.pair.magnitude else { return delta };
+        let n = self.module.in_features;
+        space.clear();
+        for (i, (base, delta)) in base.chunks_exact(n).zip(delta.chunks_exact(n)).enumerate() {
+            let square = |(b, d): (&f32, &f32)| f64::from(b + d).powi(2);
+            let length = base.iter().zip(delta).map(square).sum::<f64>().sqrt();
+            let factor = (f64::from(magnitude[first + i]) / length) as f32;
+            space.extend(base.iter().zip(delta).map(|(b, d)| factor * (b + d) - b));
+        }
+        space
+    }
+
     /// The last pass: what is left of ΔW after quantizing again, and the distance from the trained function.
     fn requantized(&self, before: &Decoded, after: &Nf4Tensor, blocks: &[Block]) -> Result<(Sums, f64)> {
         let after = Decoded::new(after.clone())?;
         let mut total = (Sums::default(), 0.0);
         let one = |s: &mut Scratch, b: &Block| -> Result<(Sums, f64)> {
             let (start, n) = (b.first * self.module.in_features, b.rows * self.module.in_features);
-            let Scratch { w, d, delta, result } = s;
+            let Scratch { w, d, delta, result, change_w, change_d } = s;
             for buffer in [&mut *w, &mut *d, &mut *delta, &mut *result] {
                 buffer.resize(n, 0.0);
             }
             delta_rows(self.pair, b.first, b.rows, delta);
             before.read(start, d);
             after.read(start, result);
-            let sums = compare(result, d, delta);
+            let delta_d = self.change(b.first, d, delta, change_d);
+            let sums = compare(result, d, delta_d);
             Ok(match self.source {
                 Source::Dense(c, name) if !self.trained_on_quantized => {
                     c.read_f32_at(name, start, w)?;
-                    (sums, compare(result, w, delta).diff)
+                    (sums, compare(result, w, self.change(b.first, w, delta, change_w)).diff)
                 }
                 _ => (sums, sums.diff),
             })

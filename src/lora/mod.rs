@@ -5,8 +5,10 @@
 mod adapter;
 mod adapter_config;
 mod config;
+mod decompose;
 mod delta;
 mod discover;
+mod low_rank;
 mod merge;
 mod merge_report;
 mod merge_weight;
@@ -15,6 +17,7 @@ mod module;
 pub use adapter::{Adapter, LoraPair};
 pub use adapter_config::AdapterConfig;
 pub use config::{LoraConfig, Targets};
+pub use decompose::{Decomposition, loftq, pissa};
 pub use discover::{Discovery, TargetGroup, TargetStatus, discover};
 pub use merge::{Merge, MergeOnto, merge};
 pub use merge_report::{LayerMerge, MergeBase, MergeCost, MergeReport, ModuleMerge};

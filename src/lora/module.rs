@@ -150,6 +150,12 @@ impl LoraLinear {
                 .expected(format!("B A of shape [{out_features}, {in_features}]"))
                 .found(format!("[{}, {}]", pair.out_features, pair.in_features)));
         }
+        if pair.magnitude.is_some() {
+            return Err(Error::new("DoRA is not supported as a candle module")
+                .expected("a pair without magnitudes")
+                .found("lora_magnitude_vector")
+                .next("train it with the engine, or merge it: lora::merge"));
+        }
         let a = Var::from_vec(pair.a, (pair.r, in_features), &Device::Cpu)?;
         let b = Var::from_vec(pair.b, (out_features, pair.r), &Device::Cpu)?;
         Ok(LoraLinear { base, a, b, scaling: pair.scaling })
@@ -169,7 +175,7 @@ impl LoraLinear {
         let (out_features, _) = self.b.dims2()?;
         let flat = |v: &Var| v.flatten_all()?.to_vec1::<f32>();
         let (a, b) = (flat(&self.a)?, flat(&self.b)?);
-        Ok(LoraPair { a, b, r, in_features, out_features, scaling: self.scaling })
+        Ok(LoraPair { a, b, r, in_features, out_features, scaling: self.scaling, magnitude: None })
     }
 
     /// As `forward`, with dropout of probability `lora_dropout` before A: for training.

@@ -1,17 +1,16 @@
 //! From a Hugging Face `config.json` to a [`ModelSpec`], with every size checked.
 //!
-//! Defaults for absent keys are those of transformers' `LlamaConfig` and `MistralConfig`.
+//! Defaults for absent keys are those of transformers' config classes. What would change the arithmetic and is not
+//! computed here is refused by name.
 
 use std::path::Path;
 
 use candle_core::DType;
 use serde_json::{Map, Value};
 
-use super::spec::{Family, ModelSpec, RopeScaling};
+use super::rope_config;
+use super::spec::{Activation, Experts, Family, ModelSpec};
 use crate::{Error, Result, files};
-
-/// The families that [`ModelSpec::from_json`] accepts, for error messages.
-const FAMILIES: &str = "a `mistral` or `llama` model (MistralForCausalLM, LlamaForCausalLM)";
 
 impl ModelSpec {
     /// Reads the text of a `config.json`; old (`rope_theta`, `torch_dtype`) and new (`rope_parameters`, `dtype`) keys.
@@ -70,37 +69,55 @@ fn parse(name: &str, json: &str) -> Result<ModelSpec> {
     let map = object(json)?;
     let f = Fields { map: &map, prefix: "" };
     let family = family(&f)?;
-    refuse_variants(&f)?;
+    refuse_variants(&f, family)?;
+    let default = Defaults::of(family);
     let hidden_size = f.size("hidden_size", None, 1 << 20)?;
     let num_attention_heads = f.size("num_attention_heads", None, 1 << 14)?;
-    let kv_default = match family {
-        Family::Llama => num_attention_heads,
-        // MistralConfig has 8 where the key is absent, and all heads where it is null.
-        Family::Mistral if map.contains_key("num_key_value_heads") => num_attention_heads,
-        Family::Mistral => 8,
+    let num_hidden_layers = f.size("num_hidden_layers", None, 1 << 12)?;
+    // Where the key is absent the config class has a number, where it is null all heads have keys of their own.
+    let kv_default = default.kv_heads.filter(|_| !map.contains_key("num_key_value_heads"));
+    let max_position_embeddings = f.size("max_position_embeddings", Some(default.max_position), 1 << 30)?;
+    let head_dim = head_dim(&f, hidden_size, num_attention_heads, default.head_dim)?;
+    let (rope_theta, rope_scaling) = rope_config::read(&f, family, max_position_embeddings, head_dim)?;
+    let (sliding_window, full_attention_layers) = sliding_window(&f, family, num_hidden_layers)?;
+    let bias = f.bool("attention_bias", false)? && family != Family::Qwen2;
+    let gemma2 = family == Family::Gemma2;
+    let cap = |key: &str, default: f64| match f.map.get(key) {
+        // null turns the cap off.
+        Some(Value::Null) => Ok(None),
+        _ => f.float(key, Some(default), 1e-3, 1e9).map(Some),
     };
-    let max_position_default = match family {
-        Family::Llama => 2048,
-        Family::Mistral => 32 * 4096,
-    };
-    let max_position_embeddings = f.size("max_position_embeddings", Some(max_position_default), 1 << 30)?;
-    let (rope_theta, rope_scaling) = rope(&f, max_position_embeddings)?;
     let spec = ModelSpec {
         name: name.to_string(),
         family,
         vocab_size: f.size("vocab_size", None, 1 << 24)?,
         hidden_size,
         intermediate_size: f.size("intermediate_size", None, 1 << 22)?,
-        num_hidden_layers: f.size("num_hidden_layers", None, 1 << 12)?,
+        num_hidden_layers,
         num_attention_heads,
-        num_key_value_heads: f.size("num_key_value_heads", Some(kv_default), 1 << 14)?,
-        head_dim: head_dim(&f, hidden_size, num_attention_heads)?,
+        num_key_value_heads: f.size("num_key_value_heads", kv_default.or(Some(num_attention_heads)), 1 << 14)?,
+        head_dim,
         max_position_embeddings,
-        rms_norm_eps: f.float("rms_norm_eps", Some(1e-6), 0.0, 1.0)?,
+        rms_norm_eps: f.float("rms_norm_eps", Some(default.rms_norm_eps), 0.0, 1.0)?,
         rope_theta,
         rope_scaling,
-        sliding_window: sliding_window(&f, family)?,
-        tie_word_embeddings: f.bool("tie_word_embeddings", false)?,
+        sliding_window,
+        full_attention_layers,
+        qkv_bias: bias || family == Family::Qwen2,
+        o_bias: bias,
+        mlp_bias: f.bool("mlp_bias", false)?,
+        activation: activation(&f, family)?,
+        query_pre_attn_scalar: match gemma2 {
+            true => Some(f.float("query_pre_attn_scalar", Some(256.0), 1e-3, 1e9)?),
+            false => None,
+        },
+        attn_logit_softcapping: if gemma2 { cap("attn_logit_softcapping", 50.0)? } else { None },
+        final_logit_softcapping: if gemma2 { cap("final_logit_softcapping", 30.0)? } else { None },
+        experts: match family {
+            Family::Mixtral => Some(experts(&f)?),
+            _ => None,
+        },
+        tie_word_embeddings: f.bool("tie_word_embeddings", family.is_gemma())?,
         dtype: dtype(&f)?,
         bos_token_id: token_ids(&f, "bos_token_id")?.first().copied(),
         eos_token_id: token_ids(&f, "eos_token_id")?,
@@ -116,6 +133,32 @@ fn parse(name: &str, json: &str) -> Result<ModelSpec> {
     Ok(spec)
 }
 
+/// What a family's config class has where a key is absent.
+struct Defaults {
+    /// `None`: as many as query heads.
+    kv_heads: Option<usize>,
+    /// `None`: `hidden_size / num_attention_heads`.
+    head_dim: Option<usize>,
+    max_position: usize,
+    rms_norm_eps: f64,
+}
+
+impl Defaults {
+    fn of(family: Family) -> Self {
+        let plain = Defaults { kv_heads: None, head_dim: None, max_position: 2048, rms_norm_eps: 1e-6 };
+        match family {
+            Family::Llama => plain,
+            Family::Mistral => Defaults { kv_heads: Some(8), max_position: 32 * 4096, ..plain },
+            Family::Mixtral => Defaults { kv_heads: Some(8), max_position: 32 * 4096, rms_norm_eps: 1e-5, ..plain },
+            Family::Qwen2 => Defaults { kv_heads: Some(32), max_position: 32_768, ..plain },
+            Family::Qwen3 => Defaults { kv_heads: Some(32), head_dim: Some(128), max_position: 32_768, ..plain },
+            Family::Phi3 => Defaults { max_position: 4096, rms_norm_eps: 1e-5, ..plain },
+            Family::Gemma => Defaults { kv_heads: Some(16), head_dim: Some(256), max_position: 8192, ..plain },
+            Family::Gemma2 => Defaults { kv_heads: Some(4), head_dim: Some(256), max_position: 8192, ..plain },
+        }
+    }
+}
+
 fn family(f: &Fields<'_>) -> Result<Family> {
     let architectures: Vec<&str> = match f.map.get("architectures") {
         Some(Value::Array(a)) => a.iter().filter_map(Value::as_str).collect(),
@@ -126,21 +169,16 @@ fn family(f: &Fields<'_>) -> Result<Family> {
     let refuse = |found: String| {
         Error::new("this model family is not supported")
             .at("model_type")
-            .expected(FAMILIES)
+            .expected(Family::ALL.map(|f| format!("`{}`", f.model_type())).join(", "))
             .found(format!("`{found}`"))
-            .next("use a Mistral or Llama model; ModelSpec::presets() lists some")
+            .next("use a model of one of these families; ModelSpec::presets() lists some")
     };
-    let family = match by_type.as_deref() {
-        Some("mistral") => Family::Mistral,
-        Some("llama") => Family::Llama,
-        None if architectures.contains(&"MistralForCausalLM") => Family::Mistral,
-        None if architectures.contains(&"LlamaForCausalLM") => Family::Llama,
-        _ => return Err(refuse(found.unwrap_or_else(|| "no model_type".into()))),
+    let known = match by_type.as_deref() {
+        Some(name) => Family::ALL.into_iter().find(|f| f.model_type() == name),
+        None => Family::ALL.into_iter().find(|f| architectures.contains(&f.architecture())),
     };
-    let head = match family {
-        Family::Mistral => "MistralForCausalLM",
-        Family::Llama => "LlamaForCausalLM",
-    };
+    let Some(family) = known else { return Err(refuse(found.unwrap_or_else(|| "no model_type".into()))) };
+    let head = family.architecture();
     match architectures.first() {
         Some(a) if *a != head => {
             Err(refuse(a.to_string()).at("architectures").expected(format!("`{head}`: a model that predicts tokens")))
@@ -150,27 +188,36 @@ fn family(f: &Fields<'_>) -> Result<Family> {
 }
 
 /// Settings that would change the arithmetic, so that ignoring them would give a wrong model.
-fn refuse_variants(f: &Fields<'_>) -> Result<()> {
-    for key in ["attention_bias", "mlp_bias"] {
-        if f.bool(key, false)? {
-            return Err(Error::new("linear layers with a bias are not supported")
+fn refuse_variants(f: &Fields<'_>, family: Family) -> Result<()> {
+    let with_bias: &[Family] = &[Family::Llama, Family::Qwen2, Family::Qwen3, Family::Gemma, Family::Gemma2];
+    for (key, families) in [("attention_bias", with_bias), ("mlp_bias", &[Family::Llama])] {
+        if f.bool(key, false)? && !families.contains(&family) {
+            return Err(Error::new("this family's linear layers have no such bias")
                 .at(key)
                 .expected("false, or no such key")
                 .found("true")
-                .next("use a model without biases"));
+                .next("compare config.json with the model's page"));
         }
     }
-    match f.str("hidden_act")? {
-        None | Some("silu" | "swish") => {}
-        Some(other) => {
-            return Err(Error::new("this activation is not supported")
-                .at("hidden_act")
-                .expected("`silu` (SwiGLU)")
-                .found(format!("`{other}`"))
-                .next("use a model whose MLP is SwiGLU, as every Llama and Mistral model's is"));
+    for key in ["attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"] {
+        if f.float(key, Some(0.0), 0.0, 1.0)? != 0.0 {
+            return Err(Error::new("dropout inside the model is not supported")
+                .at(key)
+                .expected("0, or no such key")
+                .found(f.map.get(key).map(Value::to_string).unwrap_or_default())
+                .next(
+                    "set it to 0 in config.json: it takes part in training only; lora_dropout is the adapter's own",
+                ));
         }
     }
-    let rope = f.map.get("rope_parameters").and_then(Value::as_object);
+    if f.bool("use_bidirectional_attention", false)? {
+        return Err(Error::new("attention to later tokens is not supported")
+            .at("use_bidirectional_attention")
+            .expected("false, or no such key")
+            .found("true")
+            .next("use a model that predicts the next token"));
+    }
+    let rope = f.map.get("rope_parameters").or(f.map.get("rope_scaling")).and_then(Value::as_object);
     let partial = f.map.get("partial_rotary_factor").or(rope.and_then(|r| r.get("partial_rotary_factor")));
     match partial {
         Some(v) if !v.is_null() && v.as_f64() != Some(1.0) => {
@@ -184,9 +231,32 @@ fn refuse_variants(f: &Fields<'_>) -> Result<()> {
     }
 }
 
-fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize> {
-    let derived = hidden_size / heads;
-    let given = f.map.get("head_dim").is_some_and(|v| !v.is_null());
+fn activation(f: &Fields<'_>, family: Family) -> Result<Activation> {
+    let (first, second) = (f.str("hidden_activation")?.map(|a| ("hidden_activation", a)), f.str("hidden_act")?);
+    let named = if family.is_gemma() { first.or(second.map(|a| ("hidden_act", a))) } else { None };
+    match named.or(second.filter(|_| !family.is_gemma()).map(|a| ("hidden_act", a))) {
+        None if family.is_gemma() => Ok(Activation::GeluTanh),
+        // What Gemma's first files call gelu is the tanh form, as transformers corrects.
+        Some(("hidden_act", "gelu")) if family.is_gemma() => Ok(Activation::GeluTanh),
+        None | Some((_, "silu" | "swish")) => Ok(Activation::Silu),
+        Some((_, "gelu_pytorch_tanh" | "gelu_new")) => Ok(Activation::GeluTanh),
+        Some((key, other)) => Err(Error::new("this activation is not supported")
+            .at(key)
+            .expected("`silu` (SwiGLU) or `gelu_pytorch_tanh` (GeGLU)")
+            .found(format!("`{other}`"))
+            .next("use a model with one of these")),
+    }
+}
+
+fn experts(f: &Fields<'_>) -> Result<Experts> {
+    let num_local_experts = f.size("num_local_experts", Some(8), 1 << 12)?;
+    let num_experts_per_tok = f.size("num_experts_per_tok", Some(2), num_local_experts)?;
+    Ok(Experts { num_local_experts, num_experts_per_tok })
+}
+
+fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize, default: Option<usize>) -> Result<usize> {
+    let derived = default.unwrap_or(hidden_size / heads);
+    let given = default.is_some() || f.map.get("head_dim").is_some_and(|v| !v.is_null());
     if !given && (derived == 0 || !hidden_size.is_multiple_of(heads)) {
         return Err(Error::new("heads do not divide the hidden size")
             .at("num_attention_heads")
@@ -205,58 +275,72 @@ fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize> {
     Ok(d)
 }
 
-fn sliding_window(f: &Fields<'_>, family: Family) -> Result<Option<usize>> {
-    match (family, f.map.get("sliding_window")) {
-        (Family::Llama, _) | (Family::Mistral, Some(Value::Null)) => Ok(None),
-        (Family::Mistral, _) => Ok(Some(f.size("sliding_window", Some(4096), 1 << 30)?)),
-    }
-}
-
-/// Base and scaling. transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart.
-fn rope(f: &Fields<'_>, max_position: usize) -> Result<(f64, RopeScaling)> {
-    let section = ["rope_scaling", "rope_parameters"].into_iter().find(|k| f.map.get(*k).is_some_and(|v| !v.is_null()));
-    let theta = |f: &Fields<'_>, default| f.float("rope_theta", default, 1.0, 1e18);
-    let top = theta(f, Some(10_000.0))?;
-    let Some(section) = section else { return Ok((top, RopeScaling::Default)) };
-    let Some(Value::Object(map)) = f.map.get(section) else {
-        return Err(f.wrong(section, "an object with rope_type", f.map.get(section)));
+/// The window, and the layers that do without it.
+fn sliding_window(f: &Fields<'_>, family: Family, layers: usize) -> Result<(Option<usize>, Vec<usize>)> {
+    let given = |default| match f.map.get("sliding_window") {
+        Some(Value::Null) => Ok(None),
+        None if default == 0 => Ok(None),
+        _ => f.size("sliding_window", Some(default), 1 << 30).map(Some),
     };
-    let s = Fields { map, prefix: section };
-    let rope_theta = theta(&s, Some(top))?;
-    let kind = match s.str("rope_type")? {
-        Some(kind) => kind,
-        None => s.str("type")?.unwrap_or("default"),
+    let window = match family {
+        Family::Llama | Family::Gemma => None,
+        Family::Mistral | Family::Gemma2 => given(4096)?,
+        Family::Phi3 | Family::Mixtral => given(0)?,
+        Family::Qwen2 | Family::Qwen3 if f.bool("use_sliding_window", false)? => given(4096)?,
+        Family::Qwen2 | Family::Qwen3 => None,
     };
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "llama3" => llama3(&s, max_position)?,
-        other => {
-            return Err(Error::new("this rope scaling is not supported")
-                .at(format!("{section}.rope_type"))
-                .expected("`default` or `llama3`")
-                .found(format!("`{other}`"))
-                .next("use a model with one of these"));
+    let full = match (window, family, layer_types(f, layers)?) {
+        (None, _, Some(types)) if types.contains(&true) && family == Family::Llama => {
+            return Err(Error::new("this family has no sliding window")
+                .at("layer_types")
+                .expected("full_attention in every layer")
+                .found("sliding_attention")
+                .next("compare model_type with the model's page"));
         }
+        (None, ..) => Vec::new(),
+        (Some(_), Family::Gemma2 | Family::Qwen2 | Family::Qwen3, Some(types)) => {
+            (0..layers).filter(|&l| !types[l]).collect()
+        }
+        (Some(_), _, Some(types)) if types.contains(&false) => {
+            return Err(Error::new("this family has its window in every layer")
+                .at("layer_types")
+                .expected("sliding_attention in every layer")
+                .found("full_attention")
+                .next("compare model_type with the model's page"));
+        }
+        (Some(_), Family::Gemma2, None) => (0..layers).filter(|l| l % 2 == 1).collect(),
+        (Some(_), Family::Qwen2 | Family::Qwen3, None) => {
+            let first = match f.map.get("max_window_layers") {
+                Some(v) if v.as_u64() == Some(0) => 0,
+                _ => f.size("max_window_layers", Some(28), 1 << 30)?,
+            };
+            (0..layers.min(first)).collect()
+        }
+        (Some(_), ..) => Vec::new(),
     };
-    Ok((rope_theta, scaling))
+    // A window that no layer uses is none.
+    if window.is_some() && full.len() == layers {
+        return Ok((None, Vec::new()));
+    }
+    Ok((window, full))
 }
 
-fn llama3(s: &Fields<'_>, max_position: usize) -> Result<RopeScaling> {
-    let low_freq_factor = s.float("low_freq_factor", None, 1e-6, 1e6)?;
-    let high_freq_factor = s.float("high_freq_factor", None, 1e-6, 1e6)?;
-    if low_freq_factor >= high_freq_factor {
-        return Err(Error::new("the band of scaled frequencies is empty")
-            .at(format!("{}.high_freq_factor", s.prefix))
-            .expected(format!("more than low_freq_factor = {low_freq_factor}"))
-            .found(high_freq_factor.to_string())
-            .next("compare config.json with the model's page"));
+/// Which layers slide, if the config lists them.
+fn layer_types(f: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>> {
+    let expected = "one of sliding_attention, full_attention for each layer";
+    match f.map.get("layer_types") {
+        None | Some(Value::Null) => Ok(None),
+        v @ Some(Value::Array(types)) if types.len() == layers => types
+            .iter()
+            .map(|t| match t.as_str() {
+                Some("sliding_attention") => Ok(true),
+                Some("full_attention") => Ok(false),
+                _ => Err(f.wrong("layer_types", expected, v)),
+            })
+            .collect::<Result<_>>()
+            .map(Some),
+        v => Err(f.wrong("layer_types", expected, v)),
     }
-    Ok(RopeScaling::Llama3 {
-        factor: s.float("factor", None, 1.0, 1e6)?,
-        low_freq_factor,
-        high_freq_factor,
-        original_max_position_embeddings: s.size("original_max_position_embeddings", Some(max_position), 1 << 30)?,
-    })
 }
 
 fn dtype(f: &Fields<'_>) -> Result<DType> {
@@ -296,13 +380,13 @@ fn token_ids(f: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
 }
 
 /// One object of the config, with typed reads that name the field.
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    prefix: &'a str,
+pub(super) struct Fields<'a> {
+    pub map: &'a Map<String, Value>,
+    pub prefix: &'a str,
 }
 
 impl Fields<'_> {
-    fn wrong(&self, key: &str, expected: &str, found: Option<&Value>) -> Error {
+    pub(super) fn wrong(&self, key: &str, expected: &str, found: Option<&Value>) -> Error {
         let at = if self.prefix.is_empty() { key.to_string() } else { format!("{}.{key}", self.prefix) };
         Error::new("this value of the model's config cannot be used")
             .at(at)
@@ -312,7 +396,7 @@ impl Fields<'_> {
     }
 
     /// A count from 1 to `max`; `default` stands for an absent or null key.
-    fn size(&self, key: &str, default: Option<usize>, max: usize) -> Result<usize> {
+    pub(super) fn size(&self, key: &str, default: Option<usize>, max: usize) -> Result<usize> {
         let expected = || format!("a whole number from 1 to {max}");
         let n = match (self.map.get(key), default) {
             (None | Some(Value::Null), Some(d)) => d,
@@ -327,7 +411,7 @@ impl Fields<'_> {
         Ok(n)
     }
 
-    fn float(&self, key: &str, default: Option<f64>, min: f64, max: f64) -> Result<f64> {
+    pub(super) fn float(&self, key: &str, default: Option<f64>, min: f64, max: f64) -> Result<f64> {
         let v = self.map.get(key).filter(|v| !v.is_null());
         match (v, default) {
             (None, Some(d)) => Ok(d),
@@ -338,7 +422,7 @@ impl Fields<'_> {
         }
     }
 
-    fn bool(&self, key: &str, default: bool) -> Result<bool> {
+    pub(super) fn bool(&self, key: &str, default: bool) -> Result<bool> {
         match self.map.get(key) {
             None | Some(Value::Null) => Ok(default),
             Some(Value::Bool(b)) => Ok(*b),
@@ -346,7 +430,7 @@ impl Fields<'_> {
         }
     }
 
-    fn str(&self, key: &str) -> Result<Option<&str>> {
+    pub(super) fn str(&self, key: &str) -> Result<Option<&str>> {
         match self.map.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),

@@ -8,12 +8,14 @@ mod bnb;
 pub(crate) mod bnb_write;
 mod checkpoint;
 mod config;
+mod config_write;
 mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub(crate) mod outdir;
 mod presets;
 mod rope;
+mod rope_config;
 mod spec;
 mod writer;
 
@@ -22,5 +24,5 @@ pub use bnb::QuantizationConfig;
 pub use bnb_write::write_bnb_4bit;
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub(crate) use spec::dtype_name;
-pub use spec::{Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
+pub use spec::{Activation, Experts, Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
 pub use writer::{SafetensorsWriter, ShardedWriter, TensorHeader, canonical_order, pt_metadata};

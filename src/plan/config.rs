@@ -152,6 +152,13 @@ impl PlanConfig {
         let bad = |field: &str, expected: &str, found: String| {
             Err(Error::new("the plan's configuration cannot be used").at(field).expected(expected).found(found))
         };
+        if let Some(experts) = spec.experts {
+            return Err(Error::new("a mixture of experts can be counted, but not run")
+                .at(format!("{}: model_type", spec.name))
+                .expected("a model with one MLP in each layer")
+                .found(format!("`{}` with {} experts", spec.family.model_type(), experts.num_local_experts))
+                .next("use a dense model; Estimate says what other programs need for this one"));
+        }
         if self.micro_batch_size == 0 || self.max_seq_length == 0 {
             return bad("batch, seq", "at least 1", format!("{} x {}", self.micro_batch_size, self.max_seq_length));
         }
@@ -192,6 +199,22 @@ impl PlanConfig {
         }
         if let Some(lora) = &self.lora {
             lora.validate()?;
+            let dora = |expected: &str, found: String, next: &str| {
+                Err(Error::new("the plan's configuration cannot be used")
+                    .at("use_dora")
+                    .expected(expected)
+                    .found(found)
+                    .next(next))
+            };
+            if lora.use_dora && self.device == DeviceKind::Cuda {
+                let next = "plan with .cpu(); an adapter that exists can be merged (lora::merge) and the model be used";
+                return dora("DoRA on the CPU", "a GPU, whose kernels do not compute it".into(), next);
+            }
+            if lora.use_dora && lora.lora_dropout > 0.0 {
+                // PEFT multiplies the dropped input by the whole weight: a second product of the base's size.
+                let next = "set lora_dropout to 0, or train plain LoRA";
+                return dora("no dropout beside DoRA", format!("lora_dropout = {}", lora.lora_dropout), next);
+            }
         }
         if let Some(q) = &self.quantization {
             q.validate()?;

@@ -9,7 +9,6 @@ use super::pack::{Block, align, pack};
 use super::region::{Lifetime, Phase, Region, Space, Stage};
 use super::scratch::scratch_bytes;
 use super::{Checkpointing, DeviceKind, Gpu, Method, PlanConfig};
-use crate::Result;
 use crate::engine::layout::{Layout, layout};
 use crate::engine::ops::{Op, Scratch};
 use crate::engine::transformer::{Programs, programs};
@@ -17,6 +16,7 @@ use crate::lora::{Discovery, LoraConfig, Targets};
 use crate::model::ModelSpec;
 use crate::nf4::Nf4Config;
 use crate::train::Optim;
+use crate::{Error, Result};
 
 /// The fewest positions of KV cache that a plan reserves when it is not told.
 const MIN_CONTEXT: usize = 256;
@@ -109,6 +109,17 @@ impl MemoryPlan {
     pub fn new(spec: &ModelSpec, config: PlanConfig) -> Result<Self> {
         config.validate(spec)?;
         let targets = config.lora.as_ref().map(|lora| lora.discover(spec)).transpose()?;
+        // Every pattern of ranks and scalings on every module, so that the layout meets no surprise.
+        if let (Some(lora), Some(modules)) = (&config.lora, &targets) {
+            lora.params(modules)?;
+        }
+        if let Some(m) = targets.iter().flat_map(|t| &t.matched).find(|m| m.layer.is_none()) {
+            return Err(Error::new("this module cannot be adapted in the engine")
+                .at("target_modules")
+                .expected("linear modules of the decoder layers")
+                .found(m.name.clone())
+                .next("leave it out; an adapter that has it can be read and merged: lora::merge"));
+        }
         let names: HashSet<String> = targets.iter().flat_map(|t| &t.matched).map(|m| m.name.clone()).collect();
         let base = layout(spec, &config, &names);
         // The cache takes what training leaves: plan without it, then fill up.
@@ -202,7 +213,9 @@ impl MemoryPlan {
 
     /// All parameters: the base and the adapter.
     pub fn total_params(&self) -> u64 {
-        let adapter = self.0.targets.iter().zip(&self.0.config.lora).map(|(t, lora)| t.params(lora.r)).sum::<u64>();
+        let lora = self.0.targets.iter().zip(&self.0.config.lora);
+        // The patterns were checked with the configuration.
+        let adapter = lora.map(|(t, lora)| lora.params(t).unwrap_or_default()).sum::<u64>();
         self.0.spec.total_params() + adapter
     }
 

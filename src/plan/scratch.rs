@@ -4,6 +4,7 @@ use candle_core::DType;
 
 use super::DeviceKind;
 use super::region::Region;
+use crate::engine::cpu::linear::dora_len;
 use crate::engine::cuda::scratch::{LinearScratch, LmHeadScratch, grad_norm_bytes};
 use crate::engine::ops::{LinearIds, Op, TensorId, Weight};
 
@@ -43,12 +44,14 @@ fn cpu(op: &Op, regions: &[Region]) -> usize {
     match op {
         Op::Linear(o) => {
             let product = if o.y.is_some() { dequantized(&o.linear) } else { 0 };
-            product + dropped(&o.linear, rows(o.x))
+            let dora = if o.y.is_some() { dora_len(&o.linear, rows(o.x), false) * F32 } else { 0 };
+            product + dropped(&o.linear, rows(o.x)) + dora
         }
         Op::LinearBackward(o) => {
-            let product = if o.dx.is_some() { dequantized(&o.linear) } else { 0 };
+            let dora = dora_len(&o.linear, rows(o.dy), true) * F32;
+            let product = if o.dx.is_some() || dora > 0 { dequantized(&o.linear) } else { 0 };
             let dxa = o.linear.lora.map_or(0, |l| rows(o.dy) * l.r * F32);
-            product + dxa.next_multiple_of(64) + dropped(&o.linear, rows(o.dy))
+            product + dxa.next_multiple_of(64) + dropped(&o.linear, rows(o.dy)) + dora
         }
         // Per token and head: the dot product of the output and its gradient.
         Op::AttentionBackward(o) => rows(o.q) * o.heads.q * F32,

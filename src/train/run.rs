@@ -1,5 +1,6 @@
 //! [`Run`]: training, one micro-step or one step at a time, that can be killed at any instant and resumed to the bit.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -408,7 +409,7 @@ impl Run {
     /// Full fine-tuning has none.
     pub fn adapter(&self) -> Result<Adapter> {
         let config = self.adapter_config().ok_or_else(no_adapter)?;
-        Ok(Adapter { config, tensors: self.engine.adapter_pairs()?.into_iter().collect() })
+        Ok(Adapter { config, tensors: self.engine.adapter_pairs()?.into_iter().collect(), biases: BTreeMap::new() })
     }
 
     /// Saves the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
@@ -772,7 +773,7 @@ fn restore(engine: &mut Engine, checkpoint: &CheckpointDir) -> Result<TrainState
 fn write_parameters(engine: &Engine, adapter: Option<AdapterConfig>, dir: &Path) -> Result<()> {
     if let Some(config) = adapter {
         let tensors = engine.adapter_pairs()?.into_iter().collect();
-        return Adapter { config, tensors }.save(dir);
+        return Adapter { config, tensors, biases: BTreeMap::new() }.save(dir);
     }
     let parameters = engine.parameters();
     let headers = parameters.iter().map(|t| TensorHeader::new(t.name.clone(), t.dtype, t.shape.clone())).collect();

@@ -16,6 +16,7 @@ use tunebook::plan::{Checkpointing, DeviceKind, MemoryPlan, PlanBuilder};
 use tunebook::train::{Optim, Run, TrainConfig};
 
 use crate::autograd::dequantized;
+use crate::families;
 use crate::oracle::{RandomModel, Reference, adapter, dataset};
 use crate::support::golden;
 use crate::trajectory;
@@ -224,6 +225,39 @@ fn gradients_in_bf16_are_as_good_as_bf16_allows() {
             }
             println!("{name}, heads of {head_dim}: error at most {:.2} times the plain one's ({})", worst.0, worst.1);
             assert!(worst.0 <= 2.0, "{name}: {} is {} times as far as plain bf16", worst.1, worst.0);
+        }
+    }
+}
+
+/// Every family in f32: transformers' logits, losses and gradients.
+#[test]
+fn families_are_those_of_transformers() {
+    if let Some(_gpu) = gpu() {
+        families::follow_all(DeviceKind::Cuda);
+    }
+}
+
+/// Every family in bf16 stays near, with every layer recomputed or none, and decodes as it evaluates.
+#[test]
+fn families_in_bf16() {
+    let Some(_gpu) = gpu() else { return };
+    for (what, config) in families::forms() {
+        let model = RandomModel::new(&config, 31);
+        let lora = LoraConfig { r: 8, ..LoraConfig::default() };
+        for (name, plan, lora) in [
+            ("qlora", MemoryPlan::qlora(model.spec()).adapter(lora.clone()), Some(&lora)),
+            ("full", MemoryPlan::full(model.spec()), None),
+        ] {
+            let name = format!("{what}, {name}");
+            let cpu = steps(&model, plan.clone().cpu(), lora);
+            let bf16 = steps(&model, plan.clone().checkpointing(Checkpointing::All), lora);
+            same(&name, &bf16, &steps(&model, plan.checkpointing(Checkpointing::None), lora));
+            for ((part, expected), (_, found)) in cpu.iter().zip(&bf16) {
+                if part.starts_with("loss 0") || part.starts_with("gradient 0") {
+                    let error = distance(found, expected);
+                    assert!(error < 0.3, "{name}: {part}: {error:e}");
+                }
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use half::bf16;
 use serde_json::{Value, json};
 use tunebook::engine::Engine;
 use tunebook::files::write_atomic_bytes;
-use tunebook::model::{Base, Family, ModelSpec, RopeScaling, ShardedWriter, TensorHeader, pt_metadata};
+use tunebook::model::{Base, ModelSpec, ShardedWriter, TensorHeader, pt_metadata};
 use tunebook::plan::MemoryPlan;
 use tunebook::{Error, Result};
 
@@ -100,7 +100,7 @@ fn warm(base: &Base) -> Result<()> {
 
 /// Writes `config.json` and bf16 weights of a shape; the bytes of the weights.
 fn write_checkpoint(spec: &ModelSpec, dir: &Path, seed: u64) -> Result<u64> {
-    write_atomic_bytes(dir.join("config.json"), format!("{:#}\n", config_json(spec)).as_bytes())?;
+    write_atomic_bytes(dir.join("config.json"), format!("{:#}\n", spec.to_config_json()).as_bytes())?;
     let header = |t: tunebook::model::TensorSpec| TensorHeader::new(t.name, DType::BF16, t.shape);
     let headers: Vec<TensorHeader> = spec.tensors().into_iter().map(header).collect();
     let values = nf4::normal(seed);
@@ -121,44 +121,4 @@ fn write_checkpoint(spec: &ModelSpec, dir: &Path, seed: u64) -> Result<u64> {
     }
     writer.finish()?;
     Ok(headers.iter().map(TensorHeader::bytes).sum())
-}
-
-/// The `config.json` of a shape.
-fn config_json(spec: &ModelSpec) -> Value {
-    let (architecture, model_type) = match spec.family {
-        Family::Mistral => ("MistralForCausalLM", "mistral"),
-        Family::Llama => ("LlamaForCausalLM", "llama"),
-    };
-    let rope_scaling = match spec.rope_scaling {
-        RopeScaling::Default => Value::Null,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_max_position_embeddings,
-        }),
-    };
-    let mut config = json!({
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "num_key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": spec.max_position_embeddings,
-        "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": rope_scaling,
-        "tie_word_embeddings": spec.tie_word_embeddings,
-        "torch_dtype": "bfloat16",
-    });
-    if spec.family == Family::Mistral {
-        config["sliding_window"] = json!(spec.sliding_window);
-    }
-    config
 }

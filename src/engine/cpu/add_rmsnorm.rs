@@ -10,10 +10,10 @@ use crate::engine::ops::{AddRmsnorm, Rescale, RmsnormBackward};
 const COLUMNS: usize = 64;
 
 vectorised! {
-    /// `out = x * rstd * weight`.
-    fn rescale_row(out: &mut [f32], x: &[f32], weight: &[f32], rstd: f32) {
+    /// `out = x * rstd * (weight + offset)`.
+    fn rescale_row(out: &mut [f32], x: &[f32], weight: &[f32], offset: f32, rstd: f32) {
         for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-            *o = x * rstd * w;
+            *o = x * rstd * (w + offset);
         }
     }
 }
@@ -28,27 +28,29 @@ vectorised! {
 }
 
 vectorised! {
-    /// `dx (+)= rstd * (weight * dout - x * scale)`.
-    fn norm_grad_row(dx: &mut [f32], dout: &[f32], x: &[f32], weight: &[f32], rstd: f32, scale: f32, accumulate: bool) {
+    /// `dx (+)= rstd * ((weight + offset) * dout - x * scale)`.
+    fn norm_grad_row(
+        dx: &mut [f32], dout: &[f32], x: &[f32], weight: &[f32], offset: f32, rstd: f32, scale: f32, accumulate: bool
+    ) {
         let keep = if accumulate { 1.0 } else { 0.0 };
         for (((d, g), x), w) in dx.iter_mut().zip(dout).zip(x).zip(weight) {
             let before = if accumulate { *d } else { 0.0 };
-            *d = keep * before + rstd * (w * g - x * scale);
+            *d = keep * before + rstd * ((w + offset) * g - x * scale);
         }
     }
 }
 
 vectorised! {
-    /// Sum of `weight * dout * x`.
-    fn dot3(weight: &[f32], dout: &[f32], x: &[f32]) -> f32 {
+    /// Sum of `(weight + offset) * dout * x`.
+    fn dot3(weight: &[f32], offset: f32, dout: &[f32], x: &[f32]) -> f32 {
         let mut lanes = [0f32; 16];
         let n = x.len() / 16 * 16;
         for i in (0..n).step_by(16) {
             for l in 0..16 {
-                lanes[l] = (weight[i + l] * dout[i + l]).mul_add(x[i + l], lanes[l]);
+                lanes[l] = ((weight[i + l] + offset) * dout[i + l]).mul_add(x[i + l], lanes[l]);
             }
         }
-        let tail: f32 = (n..x.len()).map(|i| weight[i] * dout[i] * x[i]).sum();
+        let tail: f32 = (n..x.len()).map(|i| (weight[i] + offset) * dout[i] * x[i]).sum();
         lanes.iter().sum::<f32>() + tail
     }
 }
@@ -70,14 +72,14 @@ impl CpuOps {
                 .zip(rstd)
                 .for_each(|((((sum, a), b), out), rstd)| {
                     add_row(sum, a, b);
-                    norm_row(sum, weight, eps, out, rstd);
+                    norm_row(sum, weight, op.offset, eps, out, rstd);
                 });
         } else {
             residual
                 .par_chunks(width)
                 .zip(out.par_chunks_mut(width))
                 .zip(rstd)
-                .for_each(|((x, out), rstd)| norm_row(x, weight, eps, out, rstd));
+                .for_each(|((x, out), rstd)| norm_row(x, weight, op.offset, eps, out, rstd));
         }
     }
 
@@ -89,7 +91,7 @@ impl CpuOps {
         out.par_chunks_mut(width)
             .zip(x.par_chunks(width))
             .zip(rstd)
-            .for_each(|((out, x), rstd)| rescale_row(out, x, weight, *rstd));
+            .for_each(|((out, x), rstd)| rescale_row(out, x, weight, op.offset, *rstd));
     }
 
     pub(super) fn norm_backward(&self, op: &RmsnormBackward) {
@@ -100,8 +102,8 @@ impl CpuOps {
         let width = weight.len();
         dx.par_chunks_mut(width).zip(dout.par_chunks(width)).zip(x.par_chunks(width)).zip(&*rstd).for_each(
             |(((dx, g), x), &rstd)| {
-                let scale = rstd * rstd * dot3(weight, g, x) / width as f32;
-                norm_grad_row(dx, g, x, weight, rstd, scale, op.accumulate);
+                let scale = rstd * rstd * dot3(weight, op.offset, g, x) / width as f32;
+                norm_grad_row(dx, g, x, weight, op.offset, rstd, scale, op.accumulate);
             },
         );
         let Some(grad) = op.grad else { return };
@@ -118,7 +120,7 @@ impl CpuOps {
     }
 }
 
-fn norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], rstd: &mut f32) {
+fn norm_row(x: &[f32], weight: &[f32], offset: f32, eps: f32, out: &mut [f32], rstd: &mut f32) {
     *rstd = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
-    rescale_row(out, x, weight, *rstd);
+    rescale_row(out, x, weight, offset, *rstd);
 }

@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use super::CpuOps;
-use super::math::{exp_sum, max, scale};
+use super::math::{exp_sum, max, scale, soft_cap};
 use super::matmul::{Matrix, tile_product};
 use super::rotary::MAX_HEAD_DIM;
-use crate::engine::ops::{Attention, CachedAttention, Heads};
+use crate::engine::ops::{Attention, CachedAttention, Heads, Score};
 
 /// Queries and keys of a tile.
 pub(super) const TILE: usize = 64;
@@ -42,8 +42,8 @@ pub(super) fn first_key(position: usize, window: Option<usize>) -> usize {
     window.map_or(0, |w| (position + 1).saturating_sub(w))
 }
 
-/// `scores = factor * q k^T` for `rows` queries from `q_first` and `cols` keys from `k_first`, masked causally (and by
-/// the window) with -inf. Query row i stands at position `q_first + i + shift`.
+/// `scores = scale * q k^T` for `rows` queries from `q_first` and `cols` keys from `k_first`, masked causally (and by
+/// the window) with -inf; products become scores as `score` says. Query row i stands at position `q_first + i + shift`.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn masked_scores(
     scores: &mut Scores,
@@ -52,16 +52,19 @@ pub(super) fn masked_scores(
     (q_first, rows): (usize, usize),
     (k_first, cols): (usize, usize),
     shift: usize,
-    factor: f32,
+    score: Score,
     window: Option<usize>,
 ) {
     let ((qs, qm), (ks, km)) = (q.from(q_first), k.from(k_first));
     // SAFETY: rows and columns lie inside the heads; the tile is TILE x TILE.
-    unsafe { tile_product(scores.as_mut_ptr(), TILE, qs, qm, ks, km.t(), rows, cols, q.dim, factor, false) };
+    unsafe { tile_product(scores.as_mut_ptr(), TILE, qs, qm, ks, km.t(), rows, cols, q.dim, score.scale, false) };
     for i in 0..rows {
         let position = q_first + i + shift;
         let (from, to) = (first_key(position, window), position + 1);
         let row = &mut scores[i * TILE..][..cols];
+        if let Some(cap) = score.softcap {
+            soft_cap(row, cap);
+        }
         for (j, s) in row.iter_mut().enumerate() {
             let key = k_first + j;
             if key < from || key >= to {
@@ -87,7 +90,7 @@ impl CpuOps {
             );
             let rows = TILE.min(span.len - first);
             let mut acc = [0f32; TILE * MAX_HEAD_DIM];
-            let sums = attend_tile(&mut acc, q, k, v, (first, rows), 0, heads);
+            let sums = attend_tile(&mut acc, q, k, v, (first, rows), 0, heads, op.score);
             for (i, sum) in sums.iter().enumerate().take(rows) {
                 let t = span.start + first + i;
                 // SAFETY: each task writes the rows of its own queries and head.
@@ -120,7 +123,7 @@ impl CpuOps {
                 (head(k_cache, cached, kv, heads.kv, heads.dim), head(v_cache, cached, kv, heads.kv, heads.dim));
             let rows = TILE.min(span.len - first);
             let mut acc = [0f32; TILE * MAX_HEAD_DIM];
-            attend_tile(&mut acc, q, k, v, (first, rows), base, heads);
+            attend_tile(&mut acc, q, k, v, (first, rows), base, heads, op.score);
             for i in 0..rows {
                 // SAFETY: each task writes the rows of its own queries and head.
                 let to = unsafe {
@@ -133,6 +136,7 @@ impl CpuOps {
 }
 
 /// Softmax(q k^T) v for a tile of queries, into `acc` `[rows, D]`; the log of each row's sum of exponentials.
+#[allow(clippy::too_many_arguments)]
 fn attend_tile(
     acc: &mut [f32; TILE * MAX_HEAD_DIM],
     q: HeadRows<'_>,
@@ -141,16 +145,16 @@ fn attend_tile(
     (first, rows): (usize, usize),
     shift: usize,
     heads: Heads,
+    score: Score,
 ) -> [f32; TILE] {
     let d = heads.dim;
-    let factor = 1.0 / (d as f32).sqrt();
     let mut scores: Scores = [0.0; TILE * TILE];
     let (mut top, mut sum) = ([f32::NEG_INFINITY; TILE], [0f32; TILE]);
     let end = first + shift + rows;
     let mut key = first_key(first + shift, heads.window) / TILE * TILE;
     while key < end {
         let cols = TILE.min(end - key);
-        masked_scores(&mut scores, q, k, (first, rows), (key, cols), shift, factor, heads.window);
+        masked_scores(&mut scores, q, k, (first, rows), (key, cols), shift, score, heads.window);
         for i in 0..rows {
             let row = &mut scores[i * TILE..][..cols];
             let largest = max(row).max(top[i]);

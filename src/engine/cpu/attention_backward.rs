@@ -10,7 +10,7 @@ use super::attention::{HeadRows, Scores, Shared, Span, TILE, Tiles, first_key, h
 use super::math::{dot, exp, vectorised};
 use super::matmul::{Matrix, tile_product};
 use super::rotary::MAX_HEAD_DIM;
-use crate::engine::ops::{AttentionBackward, Heads, Scratch};
+use crate::engine::ops::{AttentionBackward, Heads, Score, Scratch};
 
 /// What both passes read.
 struct Inputs<'a> {
@@ -21,6 +21,7 @@ struct Inputs<'a> {
     lse: &'a [f32],
     delta: &'a [f32],
     heads: Heads,
+    score: Score,
 }
 
 vectorised! {
@@ -29,6 +30,19 @@ vectorised! {
         for (p, ds) in p.iter_mut().zip(ds) {
             *p = exp(*p - lse);
             *ds = *p * (*ds - delta) * factor;
+        }
+    }
+}
+
+vectorised! {
+    /// As [`score_grad_row`], through the soft cap: its slope is `1 - (score / cap)^2`.
+    fn capped_grad_row(p: &mut [f32], ds: &mut [f32], lse: f32, delta: f32, factor: f32, cap: f32) {
+        for (p, ds) in p.iter_mut().zip(ds) {
+            let share = *p / cap;
+            *p = exp(*p - lse);
+            // What is masked has a score of -inf and no share in the gradient.
+            let slope = if *p > 0.0 { 1.0 - share * share } else { 0.0 };
+            *ds = *p * (*ds - delta) * factor * slope;
         }
     }
 }
@@ -57,7 +71,7 @@ impl CpuOps {
             .zip(out.par_chunks(heads.dim))
             .zip(dout.par_chunks(heads.dim))
             .for_each(|((delta, o), g)| *delta = dot(o, g));
-        let inputs = Inputs { q, k, v, dout, lse, delta, heads };
+        let inputs = Inputs { q, k, v, dout, lse, delta, heads, score: op.score };
         let tiles = Tiles::new(&self.cu_seqlens);
         let (dq, dk, dv) = (Shared(dq.as_mut_ptr()), Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr()));
         tiles.for_each(heads.kv, |span, h, first| inputs.keys(span, h, first, dk, dv));
@@ -90,8 +104,8 @@ impl<'a> Inputs<'a> {
         let heads = self.heads;
         let kv = h / (heads.q / heads.kv);
         let ((q, dout), (k, v)) = (self.query_head(span, h), self.key_head(span, kv));
-        let factor = 1.0 / (heads.dim as f32).sqrt();
-        masked_scores(p, q, k, queries, keys, 0, factor, heads.window);
+        let Score { scale, softcap } = self.score;
+        masked_scores(p, q, k, queries, keys, 0, self.score, heads.window);
         let ((gs, gm), (vs, vm)) = (dout.from(queries.0), v.from(keys.0));
         // SAFETY: a tile of rows x cols products over the head size.
         unsafe { tile_product(ds.as_mut_ptr(), TILE, gs, gm, vs, vm.t(), queries.1, keys.1, heads.dim, 1.0, false) };
@@ -99,7 +113,10 @@ impl<'a> Inputs<'a> {
             let t = (span.start + queries.0 + i) * heads.q + h;
             let (lse, delta) = (self.lse[t], self.delta[t]);
             let row = i * TILE..i * TILE + keys.1;
-            score_grad_row(&mut p[row.clone()], &mut ds[row], lse, delta, factor);
+            match softcap {
+                None => score_grad_row(&mut p[row.clone()], &mut ds[row], lse, delta, scale),
+                Some(cap) => capped_grad_row(&mut p[row.clone()], &mut ds[row], lse, delta, scale, cap),
+            }
         }
     }
 

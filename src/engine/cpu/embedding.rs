@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuOps;
+use super::math::scale;
 use crate::engine::ops::{Embedding, EmbeddingBackward};
 
 /// Columns of the gradient that one task owns: it adds all tokens to them, in order.
@@ -16,6 +17,9 @@ impl CpuOps {
             unsafe { (self.slice::<f32>(op.table), self.slice::<u32>(op.tokens), self.rows(op.out)) };
         out.par_chunks_mut(width).zip(&tokens[..self.tokens]).for_each(|(row, &token)| {
             row.copy_from_slice(&table[token as usize * width..][..width]);
+            if op.scale != 1.0 {
+                scale(row, op.scale);
+            }
         });
     }
 
@@ -35,7 +39,7 @@ impl CpuOps {
                     std::slice::from_raw_parts_mut((start as *mut f32).add(token as usize * width + from), n)
                 };
                 for (t, d) in target.iter_mut().zip(&row[from..]) {
-                    *t += d;
+                    *t += op.scale * d;
                 }
             }
         });

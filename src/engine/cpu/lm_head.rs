@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuOps;
-use super::math::{exp_sum, max, scale};
+use super::math::{exp, exp_sum, exp_sum_of, max, scale, soft_cap, vectorised};
 use super::matmul::{Matrix, matmul};
 use crate::data::IGNORE_INDEX;
 use crate::engine::ops::{LmHeadCe, LmHeadLogits, Scratch};
@@ -35,11 +35,12 @@ impl CpuOps {
             gather(gathered, x, chunk, c);
             let logits = &mut logits[..n * v];
             matmul(logits, Matrix::new(gathered, c), Matrix::new(weight, c).t(), n, v, c, 1.0, false);
-            let losses: Vec<f64> = logits
-                .par_chunks_mut(v)
-                .zip(chunk)
-                .map(|(row, &t)| token_loss(row, labels[t as usize], self.state.loss_scale))
-                .collect();
+            let factor = self.state.loss_scale;
+            let loss_of = |(row, &t): (&mut [f32], &u32)| match op.softcap {
+                None => token_loss(row, labels[t as usize], factor),
+                Some(cap) => capped_token_loss(row, labels[t as usize], factor, cap),
+            };
+            let losses: Vec<f64> = logits.par_chunks_mut(v).zip(chunk).map(loss_of).collect();
             loss[0] += losses.iter().sum::<f64>();
             let Some(dx) = &mut dx else { continue };
             let dgathered = &mut dgathered[..n * c];
@@ -66,6 +67,9 @@ impl CpuOps {
         for chunk in x.chunks(op.chunk * c) {
             let n = chunk.len() / c;
             matmul(logits, Matrix::new(chunk, c), Matrix::new(weight, c).t(), n, v, c, 1.0, false);
+            if let Some(cap) = op.softcap {
+                logits[..n * v].par_chunks_mut(v).for_each(|row| soft_cap(row, cap));
+            }
             host.extend_from_slice(&logits[..n * v]);
         }
         self.logits = host;
@@ -97,5 +101,27 @@ fn token_loss(row: &mut [f32], label: i32, factor: f32) -> f64 {
     let sum = exp_sum(row, shift);
     scale(row, factor / sum);
     row[label as usize] -= factor;
+    f64::from(sum.ln() + shift - target)
+}
+
+vectorised! {
+    /// Capped logits become their gradient before the cap: softmax times the cap's slope `1 - (logit / cap)^2`.
+    fn capped_grad(row: &mut [f32], shift: f32, share: f32, cap: f32) {
+        for x in row {
+            let y = *x / cap;
+            *x = exp(*x - shift) * share * (1.0 - y * y);
+        }
+    }
+}
+
+/// As [`token_loss`], of logits that pass through a soft cap first.
+fn capped_token_loss(row: &mut [f32], label: i32, factor: f32, cap: f32) -> f64 {
+    soft_cap(row, cap);
+    let shift = max(row);
+    let target = row[label as usize];
+    let sum = exp_sum_of(row, shift);
+    capped_grad(row, shift, factor / sum, cap);
+    let y = target / cap;
+    row[label as usize] -= factor * (1.0 - y * y);
     f64::from(sum.ln() + shift - target)
 }

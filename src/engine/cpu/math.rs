@@ -112,6 +112,36 @@ vectorised! {
 }
 
 vectorised! {
+    /// Sum of `exp(x - shift)`.
+    fn exp_sum_of(x: &[f32], shift: f32) -> f32 {
+        let mut lanes = [0f32; LANES];
+        let chunks = x.chunks_exact(LANES);
+        let tail: f32 = chunks.remainder().iter().map(|x| exp(*x - shift)).sum();
+        for c in chunks {
+            for i in 0..LANES {
+                lanes[i] += exp(c[i] - shift);
+            }
+        }
+        lanes.iter().sum::<f32>() + tail
+    }
+}
+
+vectorised! {
+    /// `x` becomes `cap * tanh(x / cap)`.
+    fn soft_cap(x: &mut [f32], cap: f32) {
+        for x in x {
+            let y = *x / cap;
+            // tanh from e^-2|y|, which does not overflow; near 0, where 1 - e is inexact, from its series.
+            let e = exp(-2.0 * y.abs());
+            let square = y * y;
+            let near = y * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))));
+            let far = ((1.0 - e) / (1.0 + e)).copysign(y);
+            *x = cap * if y.abs() < 0.15 { near } else { far };
+        }
+    }
+}
+
+vectorised! {
     /// Multiplies by a number.
     fn scale(x: &mut [f32], s: f32) {
         for x in x {

@@ -9,8 +9,9 @@ mod attention;
 mod attention_backward;
 #[cfg(test)]
 mod autograd;
+mod columns;
 mod embedding;
-mod linear;
+pub(crate) mod linear;
 mod lm_head;
 mod math;
 mod matmul;
@@ -177,6 +178,10 @@ impl Backend for CpuOps {
         }
     }
 
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
+        Ok(self.lengths(linear))
+    }
+
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
     fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
         for &id in ids {
@@ -232,6 +237,14 @@ impl Ops for CpuOps {
     }
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
         self.linear_grad(op, scratch);
+        Ok(())
+    }
+    fn split_columns(&mut self, op: &SplitColumns) -> Result<()> {
+        self.split(op);
+        Ok(())
+    }
+    fn join_columns(&mut self, op: &JoinColumns) -> Result<()> {
+        self.join(op);
         Ok(())
     }
     fn rotary(&mut self, op: &Rotary) -> Result<()> {

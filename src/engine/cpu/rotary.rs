@@ -15,15 +15,17 @@ impl CpuOps {
             (self.rows(op.q), self.rows(op.k), self.slice::<u32>(op.positions), self.slice::<f32>(op.inv_freq))
         };
         let d = op.heads.dim;
+        let row = if self.state.long_text { d / 2 } else { 0 };
+        let inv_freq = &inv_freq[row..][..d / 2];
         let sign = if op.inverse { -1.0 } else { 1.0 };
         q.par_chunks_mut(op.heads.q * d)
             .zip(k.par_chunks_mut(op.heads.kv * d))
             .zip(&positions[..self.tokens])
             .for_each(|((q, k), &position)| {
                 let mut table = [(0f32, 0f32); MAX_HEAD_DIM / 2];
-                for (t, f) in table.iter_mut().zip(&*inv_freq) {
+                for (t, f) in table.iter_mut().zip(inv_freq) {
                     let (sin, cos) = (position as f32 * f).sin_cos();
-                    *t = (sin * sign, cos);
+                    *t = (sin * sign * op.scale, cos * op.scale);
                 }
                 q.chunks_exact_mut(d).chain(k.chunks_exact_mut(d)).for_each(|head| rotate_head(head, &table));
             });

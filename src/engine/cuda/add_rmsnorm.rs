@@ -5,7 +5,7 @@ use candle_core::DType;
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
 use crate::Result;
-use crate::engine::ops::{AddRmsnorm, Rescale, RmsnormBackward};
+use crate::engine::ops::{AddRmsnorm, Rescale, RmsnormBackward, TensorId};
 
 /// Columns that a block of `rmsnorm_weight_grad` adds up.
 const COLUMNS: usize = 32;
@@ -19,7 +19,7 @@ impl CudaOps {
         self.gpu.launch(
             "add_rmsnorm",
             "add_rmsnorm",
-            self.token_rows(),
+            self.norm_rows(op.residual, op.weight),
             &[
                 Arg::Ptr(self.ptr(op.residual)),
                 Arg::Ptr(delta),
@@ -29,6 +29,7 @@ impl CudaOps {
                 Arg::Ptr(self.ptr(op.rstd)),
                 Arg::U32(self.region(op.weight).numel() as u32),
                 Arg::F32(self.plan.spec().rms_norm_eps as f32),
+                Arg::F32(op.offset),
             ],
         )
     }
@@ -37,13 +38,14 @@ impl CudaOps {
         self.gpu.launch(
             "add_rmsnorm",
             "rescale",
-            self.token_rows(),
+            self.norm_rows(op.x, op.weight),
             &[
                 Arg::Ptr(self.ptr(op.x)),
                 Arg::Ptr(self.ptr(op.rstd)),
                 Arg::Ptr(self.ptr(op.weight)),
                 Arg::Ptr(self.ptr(op.out)),
                 Arg::U32(self.region(op.weight).numel() as u32),
+                Arg::F32(op.offset),
             ],
         )
     }
@@ -61,7 +63,7 @@ impl CudaOps {
                     Arg::Ptr(x),
                     Arg::Ptr(rstd),
                     Arg::Ptr(self.ptr(grad)),
-                    Arg::U32(self.tokens as u32),
+                    Arg::U32(self.norm_rows(op.x, op.weight).grid[0]),
                     Arg::U32(width as u32),
                     Arg::U32(u32::from(self.region(grad).dtype == DType::BF16)),
                 ],
@@ -70,7 +72,7 @@ impl CudaOps {
         self.gpu.launch(
             "add_rmsnorm",
             "rmsnorm_backward",
-            self.token_rows(),
+            self.norm_rows(op.x, op.weight),
             &[
                 Arg::Ptr(dout),
                 Arg::Ptr(x),
@@ -79,8 +81,16 @@ impl CudaOps {
                 Arg::Ptr(self.ptr(op.dx)),
                 Arg::U32(width as u32),
                 Arg::U32(u32::from(op.accumulate)),
+                Arg::F32(op.offset),
             ],
         )
+    }
+
+    /// A block of 256 threads for each row that is normed: a token, or a head of a token.
+    fn norm_rows(&self, x: TensorId, weight: TensorId) -> Launch {
+        let r = self.region(x);
+        let groups = r.numel() / r.shape[0] / self.region(weight).numel();
+        Launch { grid: [(self.tokens * groups) as u32, 1, 1], block: 256, shared: 0 }
     }
 
     /// A block of 256 threads for each token.

@@ -2,7 +2,7 @@
 
 use super::{Arg, CudaOps, Launch};
 use crate::Result;
-use crate::engine::ops::{Attention, AttentionBackward, CachedAttention, Heads, Scratch};
+use crate::engine::ops::{Attention, AttentionBackward, CachedAttention, Heads, Score, Scratch};
 
 /// Rows of a tile, and threads of a block that works on one.
 const TILE: usize = 64;
@@ -81,14 +81,19 @@ impl Tiled {
 
 impl CudaOps {
     /// The tiled kernels, where they can run.
-    fn tiled(&self, heads: Heads) -> Option<Tiled> {
-        let tiled = if self.is_bf16() && !self.plain_attention { Tiled::new(heads.dim) } else { None };
+    fn tiled(&self, heads: Heads, score: Score) -> Option<Tiled> {
+        let tiled = if self.is_bf16() && !self.plain_attention && score.is_plain(heads.dim) {
+            Tiled::new(heads.dim)
+        } else {
+            None
+        };
         tiled.filter(|t| t.forward_shared.max(t.backward_shared) <= self.gpu.shared_limit)
     }
 
     /// The kernels of the card's own instructions, where it has them.
-    fn hopper(&self, heads: Heads) -> Option<Hopper> {
-        let usable = self.is_bf16() && !self.plain_attention && self.gpu.capability == (9, 0);
+    fn hopper(&self, heads: Heads, score: Score) -> Option<Hopper> {
+        let ordinary = score.is_plain(heads.dim);
+        let usable = ordinary && self.is_bf16() && !self.plain_attention && self.gpu.capability == (9, 0);
         if usable { Hopper::new(heads.dim) } else { None }
     }
 
@@ -103,20 +108,21 @@ impl CudaOps {
         let [q, k, v, out] = [op.q, op.k, op.v, op.out].map(|id| Arg::Ptr(self.ptr(id)));
         let [lse, cu_seqlens] = [op.lse, op.cu_seqlens].map(|id| Arg::Ptr(self.ptr(id)));
         let [n, n_kv, dim, window] = head_args(heads);
-        if let Some(hopper) = self.hopper(heads) {
+        if let Some(hopper) = self.hopper(heads, op.score) {
             let grid = self.attention_grid(TILE, heads.q);
             let how = Launch { grid, block: TILE_THREADS, shared: hopper.forward_shared };
             let args = [q, k, v, out, lse, cu_seqlens, n, n_kv, window];
             return self.gpu.launch("attention_hopper", hopper.forward, how, &args);
         }
-        if let Some(tiled) = self.tiled(heads) {
+        let [scale, cap] = score_args(op.score);
+        if let Some(tiled) = self.tiled(heads, op.score) {
             let grid = self.attention_grid(TILE, heads.q);
             let how = Launch { grid, block: TILE_THREADS, shared: tiled.forward_shared };
             let args = [q, k, v, out, lse, cu_seqlens, n, n_kv, window];
             return self.gpu.launch("attention", tiled.forward, how, &args);
         }
         let how = Launch { grid: self.attention_grid(PLAIN_ROWS, heads.q), block: 128, shared: 0 };
-        let args = [q, k, v, out, lse, cu_seqlens, n, n_kv, dim, window];
+        let args = [q, k, v, out, lse, cu_seqlens, n, n_kv, dim, window, scale, cap];
         self.gpu.launch("attention_plain", "attention_plain", how, &args)
     }
 
@@ -128,13 +134,14 @@ impl CudaOps {
         let [dout, dq, dk, dv] = [op.dout, op.dq, op.dk, op.dv].map(|id| Arg::Ptr(self.ptr(id)));
         let delta = Arg::Ptr(self.at(scratch));
         let [n, n_kv, dim, window] = head_args(heads);
+        let [scale, cap] = score_args(op.score);
 
         let rows = self.tokens * heads.q;
         let how = Launch { grid: [rows.div_ceil(8) as u32, 1, 1], block: 256, shared: 0 };
         let args = [out, dout, delta, Arg::U64(rows as u64), dim];
         self.gpu.launch("attention_backward", "attention_delta", how, &args)?;
 
-        if let Some(hopper) = self.hopper(heads) {
+        if let Some(hopper) = self.hopper(heads, op.score) {
             let how =
                 |n| Launch { grid: self.attention_grid(TILE, n), block: TILE_THREADS, shared: hopper.backward_shared };
             let args = [q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n, n_kv, window];
@@ -142,7 +149,7 @@ impl CudaOps {
             let args = [q, k, v, dout, lse, delta, dq, cu_seqlens, n, n_kv, window];
             return self.gpu.launch("attention_backward_hopper", hopper.queries, how(heads.q), &args);
         }
-        if let Some(tiled) = self.tiled(heads) {
+        if let Some(tiled) = self.tiled(heads, op.score) {
             let how =
                 |n| Launch { grid: self.attention_grid(TILE, n), block: TILE_THREADS, shared: tiled.backward_shared };
             let args = [q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n, n_kv, window];
@@ -151,9 +158,9 @@ impl CudaOps {
             return self.gpu.launch("attention_backward", tiled.queries, how(heads.q), &args);
         }
         let how = |n| Launch { grid: self.attention_grid(PLAIN_ROWS, n), block: 128, shared: 0 };
-        let args = [q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n, n_kv, dim, window];
+        let args = [q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n, n_kv, dim, window, scale, cap];
         self.gpu.launch("attention_plain", "attention_plain_keys", how(heads.kv), &args)?;
-        let args = [q, k, v, dout, lse, delta, dq, cu_seqlens, n, n_kv, dim, window];
+        let args = [q, k, v, dout, lse, delta, dq, cu_seqlens, n, n_kv, dim, window, scale, cap];
         self.gpu.launch("attention_plain", "attention_plain_queries", how(heads.q), &args)
     }
 
@@ -162,11 +169,12 @@ impl CudaOps {
         let [q, k, v, out] = [op.q, op.k, op.v, op.out].map(|id| Arg::Ptr(self.ptr(id)));
         let [k_cache, v_cache, positions] = [op.k_cache, op.v_cache, op.positions].map(|id| Arg::Ptr(self.ptr(id)));
         let [n, n_kv, dim, window] = head_args(heads);
+        let [scale, cap] = score_args(op.score);
         let (tokens, width) = (self.tokens as u32, heads.kv * heads.dim);
         let how = Launch { grid: [width.div_ceil(256) as u32, tokens, 1], block: 256, shared: 0 };
         let args = [k, v, k_cache, v_cache, positions, Arg::U32(width as u32)];
         self.gpu.launch("cached_attention", "cache_append", how, &args)?;
-        if let Some(tiled) = self.tiled(heads).filter(|_| self.tokens >= CACHED_TILE_MIN) {
+        if let Some(tiled) = self.tiled(heads, op.score).filter(|_| self.tokens >= CACHED_TILE_MIN) {
             let grid = [tokens.div_ceil(TILE as u32), heads.q as u32, 1];
             let how = Launch { grid, block: TILE_THREADS, shared: tiled.forward_shared };
             let before = Arg::U32(self.first_position);
@@ -174,9 +182,14 @@ impl CudaOps {
             return self.gpu.launch("attention", tiled.cached, how, &args);
         }
         let how = Launch { grid: [heads.q as u32, tokens, 1], block: 256, shared: 0 };
-        let args = [q, k_cache, v_cache, out, positions, n, n_kv, dim, window];
+        let args = [q, k_cache, v_cache, out, positions, n, n_kv, dim, window, scale, cap];
         self.gpu.launch("cached_attention", "cached_attention", how, &args)
     }
+}
+
+/// The factor of the products and the soft cap (0: none), as the plain kernels take them.
+fn score_args(score: Score) -> [Arg; 2] {
+    [Arg::F32(score.scale), Arg::F32(score.softcap.unwrap_or(0.0))]
 }
 
 /// H, K, D and the window (0: none), as the kernels take them.

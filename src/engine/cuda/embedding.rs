@@ -22,6 +22,7 @@ impl CudaOps {
                 Arg::Ptr(self.ptr(op.tokens)),
                 Arg::Ptr(self.ptr(op.out)),
                 Arg::U32(width as u32),
+                Arg::F32(op.scale),
             ],
         )
     }
@@ -39,6 +40,7 @@ impl CudaOps {
                 Arg::U32(self.tokens as u32),
                 Arg::U32(width as u32),
                 Arg::U32(u32::from(self.region(op.grad).dtype == DType::BF16)),
+                Arg::F32(op.scale),
             ],
         )
     }

@@ -19,6 +19,7 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
     ("attention_backward_hopper", include_str!("../../../kernels/cuda/attention_backward_hopper.cu")),
     ("attention_plain", include_str!("../../../kernels/cuda/attention_plain.cu")),
     ("cached_attention", include_str!("../../../kernels/cuda/cached_attention.cu")),
+    ("columns", include_str!("../../../kernels/cuda/columns.cu")),
     ("embedding", include_str!("../../../kernels/cuda/embedding.cu")),
     ("linear", include_str!("../../../kernels/cuda/linear.cu")),
     ("linear_one", include_str!("../../../kernels/cuda/linear_one.cu")),

@@ -29,7 +29,8 @@ impl CudaOps {
             _ => None,
         };
         if let (Some(y), true) = (y, self.has_one_kernel(&m)) {
-            return self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)));
+            self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)))?;
+            return self.add_bias(&m, y.ptr);
         }
         let ready = self.weights(&m, base, space, y.is_some(), adapted.is_some())?;
         // The adapter's part first: the large product adds it where it would only write.
@@ -40,10 +41,17 @@ impl CudaOps {
                 self.matmul(y, xa, ready.b.t(), (t, n, lora.r), lora.scaling, 0.0)?;
             }
         }
-        match y {
-            Some(y) => self.matmul(y, x, ready.w.t(), (t, n, k), 1.0, if adapted.is_some() { 1.0 } else { 0.0 }),
-            None => Ok(()),
-        }
+        let Some(y) = y else { return Ok(()) };
+        self.matmul(y, x, ready.w.t(), (t, n, k), 1.0, if adapted.is_some() { 1.0 } else { 0.0 })?;
+        self.add_bias(&m, y.ptr)
+    }
+
+    /// `y += bias`, where the module has one.
+    fn add_bias(&self, m: &LinearIds, y: u64) -> Result<()> {
+        let Some(bias) = m.bias else { return Ok(()) };
+        let (n, all) = (m.out_features, self.tokens * m.out_features);
+        let args = [Arg::Ptr(y), Arg::Ptr(self.ptr(bias.b)), Arg::U64(all as u64), Arg::U32(n as u32)];
+        self.gpu.launch("linear", "add_bias", self.elements(all), &args)
     }
 
     pub(super) fn linear_grad(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
@@ -59,6 +67,13 @@ impl CudaOps {
             let x = Matrix::new(self.ptr(x), e, k);
             let grad = Matrix::new(self.ptr(grad), self.region(grad).dtype, k);
             self.matmul(grad, dy.t(), x, (n, k, t), 1.0, 1.0)?;
+        }
+        if let Some(grad) = m.bias.and_then(|b| b.grad) {
+            let launch = Launch { grid: [n.div_ceil(32) as u32, 1, 1], block: 1024, shared: 0 };
+            let bf16 = u32::from(self.region(grad).dtype == DType::BF16);
+            let args =
+                [Arg::Ptr(dy.ptr), Arg::Ptr(self.ptr(grad)), Arg::U32(t as u32), Arg::U32(n as u32), Arg::U32(bf16)];
+            self.gpu.launch("linear", "bias_grad", launch, &args)?;
         }
         if let Some(lora) = &lora {
             self.lora_grad(op, lora, dy, base, space, &ready)?;

@@ -33,7 +33,7 @@ impl CudaOps {
             self.matmul(logits, gathered, weight.t(), (n, v, c), 1.0, 0.0)?;
             let losses = base + space.losses;
             let gradient = op.dx.map(|_| dlogits.ptr);
-            self.token_loss(logits.ptr, labels, index, losses, gradient, n, v)?;
+            self.token_loss(logits.ptr, labels, index, losses, gradient, n, v, op.softcap)?;
             self.sum_losses(losses, loss, n)?;
             let Some(dx) = op.dx else { continue };
             let dgathered = Matrix::new(base + space.dgathered, e, c);
@@ -62,6 +62,9 @@ impl CudaOps {
             let x = Matrix::new(self.ptr(op.x) + at as u64, e, c);
             self.matmul(logits, x, weight.t(), (out.len() / v, v, c), 1.0, 0.0)?;
             self.gpu.read(logits.ptr, bytemuck::cast_slice_mut(out))?;
+            if let Some(cap) = op.softcap {
+                out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            }
         }
         self.logits = host;
         Ok(())

@@ -37,6 +37,7 @@ impl CudaOps {
         dlogits: Option<u64>,
         n: usize,
         vocab: usize,
+        softcap: Option<f32>,
     ) -> Result<()> {
         if n == 0 {
             return Ok(());
@@ -53,6 +54,7 @@ impl CudaOps {
                 Arg::Ptr(dlogits.unwrap_or(0)),
                 Arg::U32(vocab as u32),
                 Arg::F32(self.state.loss_scale),
+                Arg::F32(softcap.unwrap_or(0.0)),
             ],
         )
     }

@@ -153,14 +153,20 @@ impl CudaOps {
                 }
                 gpu.wait()
             }
-            WeightSource::Drawn { shape, seed, .. } => {
+            WeightSource::Drawn { shape, constant, seed, .. } => {
                 let std = if shape.len() == 1 { 0.0 } else { 0.02 };
                 let step = PIECE / 2;
                 for first in (0..numel).step_by(step) {
                     let n = step.min(numel - first);
                     let how = Launch { grid: [n.div_ceil(1024) as u32, 1, 1], block: 256, shared: 0 };
-                    let args =
-                        [Arg::Ptr(staged), Arg::U64(first as u64), Arg::U64(n as u64), Arg::U64(*seed), Arg::F32(std)];
+                    let args = [
+                        Arg::Ptr(staged),
+                        Arg::U64(first as u64),
+                        Arg::U64(n as u64),
+                        Arg::U64(*seed),
+                        Arg::F32(std),
+                        Arg::F32(*constant),
+                    ];
                     self.gpu.launch("weights", "random_weights", how, &args)?;
                     take(self, first, n, staged, DType::BF16)?;
                 }

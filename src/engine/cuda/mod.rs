@@ -7,6 +7,7 @@
 mod add_rmsnorm;
 mod attention;
 mod bench;
+mod columns;
 mod compile;
 mod detect;
 mod dropout;
@@ -298,6 +299,12 @@ impl Ops for CudaOps {
     }
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
         self.linear_grad(op, scratch)
+    }
+    fn split_columns(&mut self, op: &SplitColumns) -> Result<()> {
+        self.split(op)
+    }
+    fn join_columns(&mut self, op: &JoinColumns) -> Result<()> {
+        self.join(op)
     }
     fn rotary(&mut self, op: &Rotary) -> Result<()> {
         self.rotate(op)

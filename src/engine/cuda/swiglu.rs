@@ -1,17 +1,26 @@
-//! `silu(gate) * up` and its gradient.
+//! `act(gate) * up` and its gradient: SwiGLU and GeGLU.
 
 use super::CudaOps;
 use super::gpu::Arg;
 use crate::Result;
 use crate::engine::ops::{Swiglu, SwigluBackward, TensorId};
+use crate::model::Activation;
 
 impl CudaOps {
     pub(super) fn gate(&self, op: &Swiglu) -> Result<()> {
-        self.swiglu_kernel("swiglu", [op.gate, op.up, op.out])
+        let kernel = match op.activation {
+            Activation::Silu => "swiglu",
+            Activation::GeluTanh => "geglu",
+        };
+        self.swiglu_kernel(kernel, [op.gate, op.up, op.out])
     }
 
     pub(super) fn gate_backward(&self, op: &SwigluBackward) -> Result<()> {
-        self.swiglu_kernel("swiglu_backward", [op.gate, op.up, op.dout])
+        let kernel = match op.activation {
+            Activation::Silu => "swiglu_backward",
+            Activation::GeluTanh => "geglu_backward",
+        };
+        self.swiglu_kernel(kernel, [op.gate, op.up, op.dout])
     }
 
     fn swiglu_kernel(&self, kernel: &'static str, ids: [TensorId; 3]) -> Result<()> {

@@ -19,10 +19,11 @@ pub(super) fn layer(s: &Shape) -> Vec<(String, u128, String)> {
             out.push((name.to_owned(), s.t * per_token, format!("T x {formula}")));
         }
     };
-    add("RMSNorm inputs", 2 * (4 * s.c + 4), format!("2 x ({} + 1) x 4 (f32, and 1/rms)", n(s.c)));
+    add("RMSNorm inputs", s.norms * (4 * s.c + 4), format!("{} x ({} + 1) x 4 (f32, and 1/rms)", s.norms, n(s.c)));
     let full = !s.cfg.method.has_adapter();
     if full {
-        add("normalized inputs", 4 * s.c, format!("2 x {} x 2 (for the norms' gradients)", n(s.c)));
+        let formula = format!("{} x {} x 2 (for the norms' gradients)", s.norms, n(s.c));
+        add("normalized inputs", 2 * s.norms * s.c, formula);
     }
     let inputs = linear_inputs(s);
     add("inputs of the linear layers", inputs, format!("{} (bf16)", n(inputs)));
@@ -69,7 +70,8 @@ fn linear_inputs(s: &Shape) -> u128 {
     let one = |inputs: Vec<u128>| -> u128 {
         if own_copy && !full { inputs.iter().sum() } else { inputs.into_iter().max().unwrap_or(0) }
     };
-    let mut elements = one(trained(&["q_proj", "k_proj", "v_proj"])) + one(trained(&["gate_proj", "up_proj"]));
+    let mut elements = one(trained(&["q_proj", "k_proj", "v_proj", "qkv_proj"]))
+        + one(trained(&["gate_proj", "up_proj", "gate_up_proj"]));
     elements += one(trained(&["down_proj"]));
     if s.cfg.lora_dropout > 0.0 {
         elements += one(trained(&["o_proj"]));

@@ -16,6 +16,8 @@ pub(super) struct Shape {
     pub l: u128,
     pub c: u128,
     pub f: u128,
+    /// Norms of a layer.
+    pub norms: u128,
     pub q: u128,
     pub kv: u128,
     pub v: u128,
@@ -24,9 +26,9 @@ pub(super) struct Shape {
     /// micro_batch_size x seq.
     pub t: u128,
     pub r: u128,
-    /// Leaf name, in, out of the seven linear modules of one layer.
+    /// Leaf name, in, out of the linear modules of one layer.
     pub linears: Vec<(String, u128, u128)>,
-    /// Elements of embedding table, `lm_head` when separate, and norms.
+    /// Elements of embedding table, `lm_head` when separate, norms, biases, and the experts of a mixture.
     pub rest: u128,
     pub lm_head_tied: bool,
     pub total_params: u128,
@@ -43,14 +45,15 @@ impl Shape {
             .map(|m| (m.name.rsplit('.').next().unwrap_or_default().to_owned(), n(m.in_features), n(m.out_features)))
             .collect();
         let l = n(spec.num_hidden_layers);
-        let tables = if spec.tie_word_embeddings { 1 } else { 2 };
-        let rest = tables * n(spec.vocab_size) * c + (2 * l + 1) * c;
         let linear: u128 = linears.iter().map(|(_, i, o)| i * o).sum();
+        let rest = u128::from(spec.total_params()) - l * linear;
         Shape {
             cfg: cfg.clone(),
             l,
             c,
-            f: n(spec.intermediate_size),
+            // A token goes through some of a mixture's experts.
+            f: n(spec.intermediate_size) * spec.experts.map_or(1, |e| n(e.num_experts_per_tok)),
+            norms: n(spec.norms().len()),
             q: n(spec.num_attention_heads) * n(spec.head_dim),
             kv: n(spec.num_key_value_heads) * n(spec.head_dim),
             v: n(spec.vocab_size),
@@ -85,7 +88,10 @@ impl Shape {
         if !self.cfg.method.has_adapter() {
             let mut out: Vec<_> = self.linears.iter().map(|(_, i, o)| (i * o, self.l)).collect();
             out.push((self.v * self.c, if self.lm_head_tied { 1 } else { 2 }));
-            out.push((self.c, 2 * self.l + 1));
+            out.push((self.c, self.norms * self.l + 1));
+            // Biases, norms of heads, a mixture's experts.
+            let counted: u128 = out.iter().map(|(n, times)| n * times).sum();
+            out.push((self.total_params - counted, 1));
             return out;
         }
         let adapted = self.linears.iter().filter(|(leaf, ..)| self.cfg.adapts(leaf));

@@ -21,13 +21,25 @@ struct Case {
     dropout: f32,
     accumulate: bool,
     trained: bool,
+    bias: bool,
     /// Whether the gradient of the input is wanted.
     dx: bool,
 }
 
 impl Case {
     fn new(tokens: usize, (out, k): (usize, usize)) -> Self {
-        Case { tokens, out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: false, dx: true }
+        Case {
+            tokens,
+            out,
+            k,
+            quant: None,
+            r: 0,
+            dropout: 0.0,
+            accumulate: false,
+            trained: false,
+            bias: false,
+            dx: true,
+        }
     }
 }
 
@@ -66,8 +78,13 @@ fn check(case: Case) {
         scaling: SCALING,
         dropout: case.dropout,
         module: 9,
+        magnitude: None,
     });
-    let linear = LinearIds { out_features: n, in_features: k, weight, grad, lora };
+    let (bias_values, dbias_before) = (b.random(n), b.random(n));
+    let bias = case
+        .bias
+        .then(|| Bias { b: b.weight(&[n], &bias_values), grad: case.trained.then(|| b.weight(&[n], &dbias_before)) });
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad, bias, lora };
     let (x_id, y, dy_id) = (b.act(k, &x), b.out(n), b.act(n, &dy));
     let (xa, xa_again) = (lora.map(|_| b.out(r)), lora.map(|_| b.out(r)));
     let dx = case.dx.then(|| if case.accumulate { b.act(k, &dx_before) } else { b.out(k) });
@@ -87,6 +104,10 @@ fn check(case: Case) {
     let (xv, wv) = (var(&x, &[t, k]), var(&w, &[n, k]));
     let product = |a: &Tensor, b: &Tensor| a.matmul(&b.t().unwrap()).unwrap();
     let mut expected = product(&xv, &wv);
+    let bv = var(&bias_values, &[n]);
+    if case.bias {
+        expected = expected.broadcast_add(&bv).unwrap();
+    }
     let pair = (r > 0).then(|| (var(&a, &[r, k]), var(&bb, &[n, r])));
     if let Some((av, bv)) = &pair {
         let inner = product(&(xv.as_tensor() * tensor(&mask, &[t, k])).unwrap(), av);
@@ -97,6 +118,7 @@ fn check(case: Case) {
     close(&what("y"), &rows(&cpu, y), &flat(&expected), TOLERANCE);
     let mut leaves = vec![&xv, &wv];
     leaves.extend(pair.iter().flat_map(|(a, b)| [a, b]));
+    leaves.extend(case.bias.then_some(&bv));
     let g = gradients(&expected, &tensor(&dy, &[t, n]), &leaves);
     if let Some(dx) = dx {
         let gx = if case.accumulate { plus(&dx_before, &g[0]) } else { g[0].clone() };
@@ -104,6 +126,9 @@ fn check(case: Case) {
     }
     if let Some(grad) = grad {
         close(&what("dw"), &cpu.read(grad), &plus(&dw_before, &g[1]), TOLERANCE);
+    }
+    if let Some(grad) = bias.and_then(|b| b.grad) {
+        close(&what("db"), &cpu.read(grad), &plus(&dbias_before, g.last().unwrap()), TOLERANCE);
     }
     if let Some((da, db)) = lora.and_then(|l| l.grads) {
         close(&what("dA"), &cpu.read(da), &plus(&da_before, &g[2]), TOLERANCE);
@@ -124,6 +149,8 @@ fn dense_frozen_and_trained() {
                 }
             }
             check(Case { trained: true, dx: false, ..Case::new(t, shape) });
+            check(Case { trained: true, bias: true, ..Case::new(t, shape) });
+            check(Case { r: 3, bias: true, ..Case::new(t, shape) });
         }
     }
 }
@@ -177,10 +204,10 @@ fn forward(change: impl Fn(&mut StepState)) -> Vec<f32> {
     let (x, w, a, bb) = (b.random(t * k), b.random(n * k), b.random(r * k), b.random(n * r));
     let weight = Weight::Dense { w: b.weight(&[n, k], &w) };
     let (a, bb) = (b.weight(&[r, k], &a), b.weight(&[n, r], &bb));
-    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.3, module: 9 });
+    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.3, module: 9, magnitude: None });
     let (x, y, xa) = (b.act(k, &x), b.out(n), b.out(r));
     change(&mut b.state);
-    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, lora };
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };
     let cpu = b.run(&[Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa) })]);
     rows(&cpu, y)
 }

@@ -39,6 +39,7 @@ fn state() -> StepState {
         micro_step: 5,
         training: true,
         adapter: true,
+        long_text: false,
         adamw: AdamWHyper::default(),
         max_grad_norm: 0.0,
     }

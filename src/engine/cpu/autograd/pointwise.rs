@@ -6,25 +6,26 @@ use super::*;
 use crate::data::Batch;
 use crate::engine::ops::*;
 use crate::engine::optimizer::{adamw, adamw_8bit};
+use crate::model::Activation;
 
 const TOLERANCE: f64 = 3e-6;
 
 #[test]
 fn embedding() {
     for t in TOKENS {
-        for (v, c) in [(33, 16), (5, 130)] {
+        for (v, c, scale) in [(33, 16, 1.0), (5, 130, 1.0), (9, 20, 4.5f32)] {
             let mut b = Bench::new(t);
             let (table, before, dout) = (b.random(v * c), b.random(v * c), b.random(t * c));
             let tokens: Vec<u32> = (0..t).map(|_| b.rng.random_range(0..v as u32)).collect();
             let (table_id, out) = (b.weight(&[v, c], &table), b.out(c));
             let (tokens_id, dout_id, grad) = (b.u32s(&tokens), b.act(c, &dout), b.weight(&[v, c], &before));
             let cpu = b.run(&[
-                Op::Embedding(Embedding { table: table_id, tokens: tokens_id, out }),
-                Op::EmbeddingBackward(EmbeddingBackward { tokens: tokens_id, dout: dout_id, grad }),
+                Op::Embedding(Embedding { table: table_id, tokens: tokens_id, out, scale }),
+                Op::EmbeddingBackward(EmbeddingBackward { tokens: tokens_id, dout: dout_id, grad, scale }),
             ]);
             let w = var(&table, &[v, c]);
-            let expected = w.index_select(&ids(&tokens), 0).unwrap();
-            close("embedding", &rows(&cpu, out), &flat(&expected), 0.0);
+            let expected = (w.index_select(&ids(&tokens), 0).unwrap() * f64::from(scale)).unwrap();
+            close("embedding", &rows(&cpu, out), &flat(&expected), if scale == 1.0 { 0.0 } else { 1e-7 });
             let [dw] = &gradients(&expected, &tensor(&dout, &[t, c]), &[&w])[..] else { unreachable!() };
             close("embedding gradient", &cpu.read(grad), &plus(&before, dw), TOLERANCE);
         }
@@ -44,15 +45,16 @@ fn add_rmsnorm_and_its_gradient() {
         for c in [8, 64, 100, 130] {
             for adds in [false, true] {
                 for accumulate in [false, true] {
-                    norm_case(t, c, adds, accumulate);
+                    norm_case(t, c, adds, accumulate, 0.0);
                 }
+                norm_case(t, c, adds, true, 1.0);
             }
         }
     }
 }
 
-fn norm_case(t: usize, c: usize, adds: bool, accumulate: bool) {
-    let what = format!("T {t}, C {c}, adds {adds}, accumulate {accumulate}");
+fn norm_case(t: usize, c: usize, adds: bool, accumulate: bool, offset: f32) {
+    let what = format!("T {t}, C {c}, adds {adds}, accumulate {accumulate}, offset {offset}");
     let mut b = Bench::new(t);
     let (x, delta, w, dout) = (b.random(t * c), b.random(t * c), b.random(c), b.random(t * c));
     let (dx_before, dw_before) = (b.random(t * c), b.random(c));
@@ -68,15 +70,17 @@ fn norm_case(t: usize, c: usize, adds: bool, accumulate: bool) {
             delta: adds.then_some(delta_id),
             sum: adds.then_some(sum),
             weight,
+            offset,
             out,
             rstd,
         }),
-        Op::Rescale(Rescale { x: normed, rstd, weight, out: again }),
+        Op::Rescale(Rescale { x: normed, rstd, weight, offset, out: again }),
         Op::RmsnormBackward(RmsnormBackward {
             dout: dout_id,
             x: normed,
             rstd,
             weight,
+            offset,
             dx,
             accumulate,
             grad: Some(grad),
@@ -84,7 +88,7 @@ fn norm_case(t: usize, c: usize, adds: bool, accumulate: bool) {
     ]);
     let (xv, wv) = (var(&x, &[t, c]), var(&w, &[c]));
     let input = if adds { (xv.as_tensor() + tensor(&delta, &[t, c])).unwrap() } else { xv.as_tensor().clone() };
-    let expected = rmsnorm(&input, &wv);
+    let expected = rmsnorm(&input, &(wv.as_tensor() + f64::from(offset)).unwrap());
     if adds {
         close(&what, &rows(&cpu, sum), &flat(&input), 1e-7);
     }
@@ -94,6 +98,62 @@ fn norm_case(t: usize, c: usize, adds: bool, accumulate: bool) {
     let gx = if accumulate { plus(&dx_before, gx) } else { gx.clone() };
     close(&format!("{what} dx"), &rows(&cpu, dx), &gx, TOLERANCE);
     close(&format!("{what} dw"), &cpu.read(grad), &plus(&dw_before, gw), TOLERANCE);
+}
+
+#[test]
+fn heads_are_normed_one_by_one() {
+    for t in TOKENS {
+        for (heads, d) in [(1, 16), (4, 24), (3, 10)] {
+            let mut b = Bench::new(t);
+            let (x, w, dout) = (b.random(t * heads * d), b.random(d), b.random(t * heads * d));
+            let dw_before = b.random(d);
+            let (residual, weight) = (b.act(heads * d, &x), b.weight(&[d], &w));
+            let (out, rstd, dx) = (b.out(heads * d), b.out(heads), b.out(heads * d));
+            let (dout_id, grad) = (b.act(heads * d, &dout), b.weight(&[d], &dw_before));
+            let (delta, sum, offset, accumulate) = (None, None, 0.0, false);
+            let grad_id = Some(grad);
+            let cpu = b.run(&[
+                Op::AddRmsnorm(AddRmsnorm { residual, delta, sum, weight, offset, out, rstd }),
+                Op::RmsnormBackward(RmsnormBackward {
+                    dout: dout_id,
+                    x: residual,
+                    rstd,
+                    weight,
+                    offset,
+                    dx,
+                    accumulate,
+                    grad: grad_id,
+                }),
+            ]);
+            let (xv, wv) = (var(&x, &[t * heads, d]), var(&w, &[d]));
+            let expected = rmsnorm(&xv, &wv);
+            close("heads", &rows(&cpu, out), &flat(&expected), TOLERANCE);
+            let [gx, gw] = &gradients(&expected, &tensor(&dout, &[t * heads, d]), &[&xv, &wv])[..] else {
+                unreachable!()
+            };
+            close("heads dx", &rows(&cpu, dx), gx, TOLERANCE);
+            close("heads dw", &cpu.read(grad), &plus(&dw_before, gw), TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn columns_are_split_and_joined() {
+    for t in TOKENS {
+        let mut b = Bench::new(t);
+        let x = b.random(t * 35);
+        let (whole, again) = (b.act(35, &x), b.out(35));
+        let parts: Vec<TensorId> = [16, 8, 11].map(|n| b.out(n)).into();
+        let cpu = b.run(&[
+            Op::SplitColumns(SplitColumns { whole, parts: parts.clone() }),
+            Op::JoinColumns(JoinColumns { parts: parts.clone(), whole: again }),
+        ]);
+        for (part, (first, n)) in parts.iter().zip([(0, 16), (16, 8), (24, 11)]) {
+            let expected: Vec<f32> = x.chunks_exact(35).flat_map(|row| &row[first..first + n]).copied().collect();
+            assert_eq!(rows(&cpu, *part), expected);
+        }
+        assert_eq!(rows(&cpu, again), x);
+    }
 }
 
 /// transformers' `apply_rotary_pos_emb` on `[T, heads, D]`.
@@ -116,7 +176,7 @@ fn rotary_and_its_gradient() {
         for (q, kv, dim) in [(6, 3, 16), (4, 1, 24), (1, 1, 80), (2, 2, 128), (1, 1, 256)] {
             let heads = Heads { q, kv, dim, window: None };
             let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
-            for inverse in [false, true] {
+            for (inverse, scale) in [(false, 1.0f32), (true, 1.0), (false, 1.25), (true, 1.25)] {
                 let mut b = Bench::new(t);
                 // Two examples where there is room for them.
                 let positions: Vec<u32> = (0..t as u32).map(|i| if i < 40 { i } else { i - 40 }).collect();
@@ -129,11 +189,12 @@ fn rotary_and_its_gradient() {
                     positions: positions_id,
                     inv_freq: inv_freq_id,
                     inverse,
+                    scale,
                     heads,
                 })]);
                 for (id, data, n) in [(q_id, &x, q), (k_id, &y, kv)] {
                     let v = var(data, &[t, n * dim]);
-                    let out = rotate(&v, &positions, &inv_freq, n, dim);
+                    let out = (rotate(&v, &positions, &inv_freq, n, dim) * f64::from(scale)).unwrap();
                     // The inverse rotation is the gradient of the rotation.
                     let expected = match inverse {
                         false => flat(&out),
@@ -146,21 +207,34 @@ fn rotary_and_its_gradient() {
     }
 }
 
+/// GELU's tanh form, spelt out.
+fn gelu(x: &Tensor) -> Tensor {
+    let inner =
+        ((x + (x.powf(3.0).unwrap() * 0.044715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+    ((x * 0.5).unwrap() * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap()
+}
+
 #[test]
 fn swiglu_and_its_gradient() {
     for t in TOKENS {
-        for f in [1, 33, 160, 1000] {
+        for (f, activation) in
+            [1, 33, 160, 1000].into_iter().flat_map(|f| [(f, Activation::Silu), (f, Activation::GeluTanh)])
+        {
             let mut b = Bench::new(t);
             let (gate, up, dout) = (b.random(t * f), b.random(t * f), b.random(t * f));
             // Also where exp overflows and where it vanishes.
             let gate: Vec<f32> = gate.iter().enumerate().map(|(i, g)| if i % 7 == 0 { g * 60.0 } else { *g }).collect();
             let (gate_id, up_id, out, dout_id) = (b.act(f, &gate), b.act(f, &up), b.out(f), b.act(f, &dout));
             let cpu = b.run(&[
-                Op::Swiglu(Swiglu { gate: gate_id, up: up_id, out }),
-                Op::SwigluBackward(SwigluBackward { gate: gate_id, up: up_id, dout: dout_id }),
+                Op::Swiglu(Swiglu { gate: gate_id, up: up_id, out, activation }),
+                Op::SwigluBackward(SwigluBackward { gate: gate_id, up: up_id, dout: dout_id, activation }),
             ]);
             let (g, u) = (var(&gate, &[t, f]), var(&up, &[t, f]));
-            let expected = (g.silu().unwrap() * u.as_tensor()).unwrap();
+            let act = match activation {
+                Activation::Silu => g.silu().unwrap(),
+                Activation::GeluTanh => gelu(&g),
+            };
+            let expected = (act * u.as_tensor()).unwrap();
             close("swiglu", &rows(&cpu, out), &flat(&expected), TOLERANCE);
             let [dg, du] = &gradients(&expected, &tensor(&dout, &[t, f]), &[&g, &u])[..] else { unreachable!() };
             close("gate gradient", &rows(&cpu, gate_id), dg, TOLERANCE);

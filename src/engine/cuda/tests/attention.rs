@@ -2,7 +2,7 @@
 //! gradients of scores) and what is written.
 
 use super::*;
-use crate::engine::ops::{Attention, AttentionBackward, CachedAttention, Heads};
+use crate::engine::ops::{Attention, AttentionBackward, CachedAttention, Heads, Score};
 
 const TOLERANCE: f64 = 1e-5;
 
@@ -96,12 +96,12 @@ fn plain_backward([q, k, v, out, dout]: [&[f32]; 5], lengths: &[usize], heads: H
 }
 
 /// The outputs of the forward pass on the CPU: what the backward pass starts from.
-fn kept(q: &[f32], k: &[f32], v: &[f32], lengths: &[usize], heads: Heads) -> (Vec<f32>, Vec<f32>) {
+fn kept(q: &[f32], k: &[f32], v: &[f32], lengths: &[usize], heads: Heads, score: Score) -> (Vec<f32>, Vec<f32>) {
     let mut b = Bench::examples(lengths);
     let (wq, wk, n) = (heads.q * heads.dim, heads.kv * heads.dim, b.tokens);
     let (q, k, v) = (b.act("q", wq, q), b.act("k", wk, k), b.act("v", wk, v));
     let (out, lse, cu_seqlens) = (b.out("out", wq), b.out_f32("lse", heads.q), b.load.cu_seqlens);
-    b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads }));
+    b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads, score }));
     let done = b.on_cpu();
     (rounded(&done.f32s(out, n * wq)), done.f32s(lse, n * heads.q))
 }
@@ -111,19 +111,20 @@ fn case(b: &mut Bench, lengths: &[usize], heads: Heads) {
     b.part(format!("{lengths:?}, {heads:?}"));
     let (wq, wk, t) = (heads.q * heads.dim, heads.kv * heads.dim, b.tokens);
     let (q, k, v, dout) = (b.random(t * wq), b.random(t * wk), b.random(t * wk), b.random(t * wq));
-    let (out_kept, lse_kept) = kept(&q, &k, &v, lengths, heads);
+    let score = Score::of(heads.dim);
+    let (out_kept, lse_kept) = kept(&q, &k, &v, lengths, heads, score);
     let plain = plain_forward(&q, &k, &v, lengths, heads);
     let [plain_dq, plain_dk, plain_dv] = plain_backward([&q, &k, &v, &out_kept, &dout], lengths, heads);
     let size = rms(&plain_dv);
     let (q, k, v) = (b.act("q", wq, &q), b.act("k", wk, &k), b.act("v", wk, &v));
     let (out, lse, cu_seqlens) = (b.out("out", wq), b.out_f32("lse", heads.q), b.load.cu_seqlens);
-    b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads }));
+    b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads, score }));
     b.want(out, TOLERANCE, Plain::Values(plain));
     b.want(lse, TOLERANCE, Plain::Within(TOLERANCE)).scale(1.0);
     let (out, dout) = (b.act("out of the forward pass", wq, &out_kept), b.act("dout", wq, &dout));
     let lse = b.f32s("lse of the forward pass", &[t + SPARE, heads.q], &lse_kept);
     let (dq, dk, dv) = (b.out("dq", wq), b.out("dk", wk), b.out("dv", wk));
-    b.op(Op::AttentionBackward(AttentionBackward { q, k, v, out, lse, cu_seqlens, dout, dq, dk, dv, heads }));
+    b.op(Op::AttentionBackward(AttentionBackward { q, k, v, out, lse, cu_seqlens, dout, dq, dk, dv, heads, score }));
     // The gradients of q and k are differences: zero where a token sees itself alone.
     b.want(dq, TOLERANCE, Plain::Values(plain_dq)).scale(size);
     b.want(dk, TOLERANCE, Plain::Values(plain_dk)).scale(size);
@@ -162,6 +163,53 @@ fn every_window() {
     }
 }
 
+/// Scaled in another way or capped: the plain kernels, whose arithmetic is f32 and whose outputs are rounded once.
+#[test]
+fn scales_and_soft_caps() {
+    if !gpu() {
+        return;
+    }
+    for lengths in [&[1][..], &[65, 7], &[130]] {
+        let mut b = Bench::examples(lengths);
+        for (softcap, scale) in [(None, 0.3), (Some(0.5), 0.2), (Some(4.0), 0.2), (Some(50.0), 1.0)] {
+            for (dim, window) in [(16, None), (64, Some(5)), (256, None)] {
+                let (heads, score) = (Heads { q: 4, kv: 2, dim, window }, Score { scale, softcap });
+                b.part(format!("{lengths:?}, {heads:?}, {score:?}"));
+                let (wq, wk, t) = (4 * dim, 2 * dim, b.tokens);
+                let (q, k, v, dout) = (b.random(t * wq), b.random(t * wk), b.random(t * wk), b.random(t * wq));
+                let (out_kept, lse_kept) = kept(&q, &k, &v, lengths, heads, score);
+                let size = rms(&v);
+                let (q, k, v) = (b.act("q", wq, &q), b.act("k", wk, &k), b.act("v", wk, &v));
+                let (out, lse, cu_seqlens) = (b.out("out", wq), b.out_f32("lse", heads.q), b.load.cu_seqlens);
+                b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads, score }));
+                b.want(out, TOLERANCE, Plain::Rounded);
+                b.want(lse, TOLERANCE, Plain::Within(TOLERANCE)).scale(1.0);
+                let (out, dout) = (b.act("out of the forward pass", wq, &out_kept), b.act("dout", wq, &dout));
+                let lse = b.f32s("lse of the forward pass", &[t + SPARE, heads.q], &lse_kept);
+                let (dq, dk, dv) = (b.out("dq", wq), b.out("dk", wk), b.out("dv", wk));
+                b.op(Op::AttentionBackward(AttentionBackward {
+                    q,
+                    k,
+                    v,
+                    out,
+                    lse,
+                    cu_seqlens,
+                    dout,
+                    dq,
+                    dk,
+                    dv,
+                    heads,
+                    score,
+                }));
+                for id in [dq, dk, dv] {
+                    b.want(id, TOLERANCE, Plain::Rounded).scale(size);
+                }
+            }
+        }
+        b.check();
+    }
+}
+
 #[test]
 fn large_scores_do_not_overflow() {
     if !gpu() {
@@ -171,13 +219,14 @@ fn large_scores_do_not_overflow() {
     let mut b = Bench::new(t);
     for dim in [40, 64, 128] {
         let heads = Heads { q: 1, kv: 1, dim, window: None };
+        let score = Score::of(dim);
         b.part(format!("{heads:?}"));
         let q: Vec<f32> = b.random(t * dim).iter().map(|x| round(x * 100.0)).collect();
         let v = b.random(t * dim);
         let plain = plain_forward(&q, &q, &v, &[t], heads);
         let (q, k, v) = (b.act("q", dim, &q), b.act("k", dim, &q), b.act("v", dim, &v));
         let (out, lse, cu_seqlens) = (b.out("out", dim), b.out_f32("lse", 1), b.load.cu_seqlens);
-        b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads }));
+        b.op(Op::Attention(Attention { q, k, v, out, lse, cu_seqlens, heads, score }));
         // Scores of 10^5: what an f32 cannot hold of them is in the exponent.
         b.want(out, 1e-2, Plain::Values(plain));
         b.want(lse, 1e-6, Plain::Within(1e-6));
@@ -217,12 +266,13 @@ fn cached_case(b: &mut Bench, base: usize, heads: Heads) {
         add_head(&mut plain, &plain_head(&q, &k, &v, base, heads), 0, (h, nq), dim);
     }
     let (old, new) = (base * wk, total * wk);
+    let score = Score::of(dim);
     let cache_shape = [total + SPARE, wk];
     // What is beyond the text in the cache must not matter: it is NaN.
     let (k_cache, v_cache) = (b.elems("k_cache", &cache_shape, &k[..old]), b.elems("v_cache", &cache_shape, &v[..old]));
     let (q, k, v) = (b.act("q", wq, &q), b.act("k", wk, &k[old..]), b.act("v", wk, &v[old..]));
     let (out, positions) = (b.out("out", wq), b.load.positions);
-    b.op(Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads }));
+    b.op(Op::CachedAttention(CachedAttention { q, k, v, out, k_cache, v_cache, positions, heads, score }));
     for cache in [k_cache, v_cache] {
         b.fields[cache.index()].used = new;
         b.want(cache, 0.0, Plain::Within(0.0));

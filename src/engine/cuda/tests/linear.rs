@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::engine::dropout::dropout;
-use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, NestedAbsmax, Weight};
+use crate::engine::ops::{Bias, Linear, LinearBackward, LinearIds, Lora, NestedAbsmax, Weight};
 use crate::nf4::{Absmax, Nf4Config, QuantType, quantize_f32};
 
 const TOLERANCE: f64 = 1e-5;
@@ -22,13 +22,14 @@ struct Case {
     accumulate: bool,
     /// The weight is trained, its gradient f32 or elem.
     trained: Option<DType>,
+    bias: bool,
     /// Whether the gradient of the input is wanted.
     dx: bool,
 }
 
 impl Case {
     fn new((out, k): (usize, usize)) -> Self {
-        Case { out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: None, dx: true }
+        Case { out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: None, bias: false, dx: true }
     }
 }
 
@@ -82,13 +83,26 @@ fn case(b: &mut Bench, case: Case) {
         scaling: SCALING,
         dropout: case.dropout,
         module: MODULE,
+        magnitude: None,
     });
-    let linear = LinearIds { out_features: n, in_features: k, weight, grad, lora };
+    let (bias_values, dbias_before) = (b.random(n), b.random(n));
+    let bias = case.bias.then(|| Bias {
+        b: b.elems("bias", &[n], &bias_values),
+        grad: case.trained.map(|dtype| match dtype {
+            DType::F32 => b.f32s("bias grad", &[n], &dbias_before),
+            _ => b.elems("bias grad in elem", &[n], &dbias_before),
+        }),
+    });
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad, bias, lora };
     let with_adapter = lora.is_some() && b.state.adapter;
 
     // Forward.
     let plain_xa = rounded(&product(&drop(b, &x), &transposed(&a, r, k), t, k, r));
     let mut plain_y = rounded(&product(&x, &transposed(&w, n, k), t, k, n));
+    if case.bias {
+        let repeated: Vec<f32> = (0..t * n).map(|i| bias_values[i % n]).collect();
+        plain_y = rounded(&plus(&plain_y, &repeated));
+    }
     if with_adapter {
         let through = rounded(&product(&plain_xa, &transposed(&bb, n, r), t, r, n));
         plain_y = rounded(&plus(&plain_y, &rounded(&scaled(&through, SCALING))));
@@ -130,6 +144,10 @@ fn case(b: &mut Bench, case: Case) {
         let sum = if case.trained == Some(DType::F32) { sum } else { rounded(&sum) };
         b.want(grad, TOLERANCE, Plain::Values(sum));
     }
+    if let Some(grad) = bias.and_then(|b| b.grad) {
+        let exact = case.trained == Some(DType::F32);
+        b.want(grad, TOLERANCE, if exact { Plain::Within(TOLERANCE) } else { Plain::Rounded });
+    }
     if let Some((grad_a, grad_b)) = lora.and_then(|l| l.grads) {
         let da = rounded(&product(&transposed(&plain_dxa, t, r), &drop(b, &x), r, t, k));
         let db = rounded(&product(&transposed(&scaled_dy, t, n), &xa_kept, n, t, r));
@@ -155,6 +173,10 @@ fn dense_frozen_and_trained() {
                 }
             }
             case(&mut b, Case { trained: Some(DType::F32), dx: false, ..Case::new(shape) });
+            for trained in [Some(DType::F32), Some(DType::BF16)] {
+                case(&mut b, Case { trained, bias: true, ..Case::new(shape) });
+            }
+            case(&mut b, Case { r: 8, bias: true, ..Case::new(shape) });
         }
         b.check();
     }
@@ -234,7 +256,7 @@ fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize
     let (x, a, bb) = (b.random(k), b.random(r * k), b.random(n * r));
     let lora = (r > 0).then(|| {
         let (a, b) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
-        Lora { a, b, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE }
+        Lora { a, b, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE, magnitude: None }
     });
     let mut plain = rounded(&product(&x, &transposed(&w, n, k), 1, k, n));
     if r > 0 && b.state.adapter {
@@ -244,7 +266,7 @@ fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize
             &rounded(&scaled(&rounded(&product(&xa, &transposed(&bb, n, r), 1, r, n)), SCALING)),
         ));
     }
-    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, lora };
+    let linear = LinearIds { out_features: n, in_features: k, weight, bias: None, grad: None, lora };
     let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), lora.map(|_| b.out("xa", r)));
     b.op(Op::Linear(Linear { linear, x, y: Some(y), xa }));
     b.want(y, TOLERANCE, Plain::Values(plain));
@@ -287,9 +309,9 @@ fn the_adapter_can_be_off() {
     let (x, w, a, bb) = (b.random(t * k), b.random(n * k), b.random(r * k), b.random(n * r));
     let weight = Weight::Dense { w: b.elems("weight", &[n, k], &w) };
     let (a, bb) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
-    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE });
+    let lora = Some(Lora { a, b: bb, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE, magnitude: None });
     let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), b.out("xa", r));
-    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, lora };
+    let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };
     // xa is not written.
     b.op(Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa) }));
     b.want(y, TOLERANCE, Plain::Rounded);

@@ -15,7 +15,7 @@ fn weights(b: &mut Bench, v: usize, c: usize) -> Vec<f32> {
 }
 
 /// `dx` and what is added to `grad`.
-fn plain(x: &[f32], w: &[f32], labels: &[i32], (v, c): (usize, usize)) -> (Vec<f32>, Vec<f32>) {
+fn plain(x: &[f32], w: &[f32], labels: &[i32], (v, c): (usize, usize), softcap: Option<f32>) -> (Vec<f32>, Vec<f32>) {
     let t = labels.len();
     let mut d = product(x, &transposed(w, v, c), t, c, v);
     for (row, &label) in d.chunks_exact_mut(v).zip(labels) {
@@ -23,28 +23,37 @@ fn plain(x: &[f32], w: &[f32], labels: &[i32], (v, c): (usize, usize)) -> (Vec<f
             row.fill(0.0);
             continue;
         }
+        if let Some(cap) = softcap {
+            row.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+        let slopes: Vec<f32> = row.iter().map(|x| softcap.map_or(1.0, |cap| 1.0 - (x / cap).powi(2))).collect();
         let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         row.iter_mut().for_each(|x| *x = (*x - top).exp());
         let sum: f32 = row.iter().sum();
         row.iter_mut().for_each(|x| *x *= SCALE / sum);
         row[label as usize] -= SCALE;
+        row.iter_mut().zip(&slopes).for_each(|(x, slope)| *x *= slope);
     }
     let d = rounded(&d);
     (rounded(&product(&d, w, t, v, c)), rounded(&product(&transposed(&d, t, v), x, v, t, c)))
 }
 
 fn case(b: &mut Bench, (v, c): (usize, usize), chunk: usize, trains: bool, head: bool) {
-    b.part(format!("V {v}, C {c}, chunk {chunk}, trains {trains} head {head}"));
+    capped_case(b, (v, c), chunk, trains, head, None);
+}
+
+fn capped_case(b: &mut Bench, (v, c): (usize, usize), chunk: usize, trains: bool, head: bool, softcap: Option<f32>) {
+    b.part(format!("V {v}, C {c}, chunk {chunk}, trains {trains} head {head}, soft cap {softcap:?}"));
     let t = b.tokens;
     let (x, w, before) = (b.random(t * c), weights(b, v, c), b.random(v * c));
     let labels = b.batch.labels.clone();
-    let (plain_dx, plain_grad) = plain(&x, &w, &labels, (v, c));
+    let (plain_dx, plain_grad) = plain(&x, &w, &labels, (v, c), softcap);
     let (x, weight) = (b.act("x", c, &x), b.elems("weight", &[v, c], &w));
     let dx = trains.then(|| b.out("dx", c));
     let grad = head.then(|| b.f32s("grad", &[v, c], &before));
     let loss = b.bytes("loss", DType::F64, &[2], &[f64::NAN; 2]);
     let labels = b.load.labels.unwrap();
-    b.op(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx, grad, loss, chunk }));
+    b.op(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx, grad, loss, chunk, softcap }));
     b.want(loss, 1e-6, Plain::Within(1e-6));
     if let Some(dx) = dx {
         b.want(dx, TOLERANCE, Plain::Values(plain_dx));
@@ -73,6 +82,7 @@ fn cross_entropy_and_its_gradient() {
                 }
                 case(&mut b, shape, 7.min(t + SPARE), true, false);
                 case(&mut b, shape, 7.min(t + SPARE), false, false);
+                capped_case(&mut b, shape, 7.min(t + SPARE), true, true, Some(3.0));
             }
             b.check();
         }
@@ -93,7 +103,7 @@ fn a_sure_answer_costs_nothing_and_large_logits_do_not_overflow() {
     let (x, weight, dx) = (b.act("x", c, &x), b.elems("weight", &[v, c], &w), b.out("dx", c));
     let loss = b.bytes("loss", DType::F64, &[2], &[f64::NAN; 2]);
     let labels = b.load.labels.unwrap();
-    b.op(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx: Some(dx), grad: None, loss, chunk: 2 }));
+    b.op(Op::LmHeadCe(LmHeadCe { x, weight, labels, dx: Some(dx), grad: None, loss, chunk: 2, softcap: None }));
     b.want(loss, 0.0, Plain::Within(0.0));
     b.want(dx, TOLERANCE, Plain::Rounded);
     for done in b.check() {
@@ -108,13 +118,13 @@ fn logits_of_all_and_of_the_last_token() {
     }
     for t in TOKENS {
         for (v, c) in [(33, 48), (1000, 104), (257, 33)] {
-            for (chunk, last_only) in [(7, false), (1, true)] {
+            for (chunk, last_only, softcap) in [(7, false, None), (1, true, None)] {
                 let mut b = Bench::new(t);
                 b.part(format!("V {v}, C {c}, last {last_only}"));
                 let (x, w) = (b.random(t * c), b.random(v * c));
                 let (x, weight) = (b.act("x", c, &x), b.elems("weight", &[v, c], &w));
                 let logits = b.bytes::<f32>("logits", DType::F32, &[chunk, v], &[]);
-                b.op(Op::LmHeadLogits(LmHeadLogits { x, weight, logits, chunk, last_only }));
+                b.op(Op::LmHeadLogits(LmHeadLogits { x, weight, logits, chunk, last_only, softcap }));
                 let cpu = b.on_cpu().logits;
                 assert_eq!(cpu.len(), if last_only { v } else { t * v });
                 // The region holds the last chunk, with what is left of the chunk before it.

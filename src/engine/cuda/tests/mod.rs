@@ -7,6 +7,7 @@
 mod add_rmsnorm;
 mod attention;
 mod card;
+mod columns;
 mod embedding;
 mod linear;
 mod lm_head;
