@@ -14,6 +14,8 @@ mod optimizer;
 
 #[path = "suite/autograd.rs"]
 mod autograd;
+#[path = "suite/bad_input.rs"]
+mod bad_input;
 #[path = "suite/checkpoint.rs"]
 mod checkpoint;
 #[path = "suite/cuda.rs"]
@@ -30,8 +32,17 @@ mod engine;
 mod engine_errors;
 #[path = "suite/estimate.rs"]
 mod estimate;
+#[path = "suite/faults.rs"]
+mod faults;
+#[path = "suite/formats.rs"]
+mod formats;
 #[path = "suite/generate.rs"]
 mod generate;
+#[path = "suite/gguf.rs"]
+mod gguf;
+#[cfg(feature = "hub")]
+#[path = "suite/hub.rs"]
+mod hub;
 #[path = "suite/kill_resume.rs"]
 mod kill_resume;
 #[path = "suite/lora.rs"]
