@@ -65,3 +65,23 @@ pub fn create_dir_all(dir: impl AsRef<Path>) -> Result<()> {
 pub fn read_to_string(path: impl AsRef<Path>) -> Result<String> {
     fs::read_to_string(path.as_ref()).map_err(|e| Error::io("read", path, e))
 }
+
+/// Bytes that may still be written on the disk of `dir`.
+///
+/// # Errors
+/// Input or output errors, with the path.
+#[cfg(feature = "hub")]
+pub(crate) fn free_bytes(dir: &Path) -> Result<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(dir.as_os_str().as_bytes())
+        .map_err(|e| Error::new("a path holds a zero byte").at_path(dir).caused_by(e))?;
+    // SAFETY: `path` is NUL-terminated and lives through the call; `out` is plain data that it fills.
+    let (rc, out) = unsafe {
+        let mut out: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &mut out), out)
+    };
+    if rc != 0 {
+        return Err(Error::io("ask for the free space", dir, std::io::Error::last_os_error()));
+    }
+    Ok(out.f_bavail.saturating_mul(out.f_frsize))
+}

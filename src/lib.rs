@@ -11,6 +11,7 @@ mod environment;
 mod error;
 pub mod files;
 pub mod generate;
+mod json;
 pub mod lora;
 pub mod model;
 pub mod nf4;
@@ -23,7 +24,7 @@ pub use error::{Error, Result};
 /// What a notebook's first cell imports.
 pub mod prelude {
     pub use crate::data::{
-        self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, Rows, Tokenizer, encode,
+        self, BatchView, ChatTemplate, DataConfig, Dataset, InstructionTemplate, RowFile, Rows, Tokenizer, encode,
     };
     pub use crate::engine::Engine;
     pub use crate::generate::{Sampling, answer, exact_match, generate};

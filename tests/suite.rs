@@ -16,6 +16,8 @@ mod optimizer;
 mod adapters;
 #[path = "suite/autograd.rs"]
 mod autograd;
+#[path = "suite/bad_input.rs"]
+mod bad_input;
 #[path = "suite/checkpoint.rs"]
 mod checkpoint;
 #[path = "suite/cuda.rs"]
@@ -34,8 +36,17 @@ mod engine_errors;
 mod estimate;
 #[path = "suite/families.rs"]
 mod families;
+#[path = "suite/faults.rs"]
+mod faults;
+#[path = "suite/formats.rs"]
+mod formats;
 #[path = "suite/generate.rs"]
 mod generate;
+#[path = "suite/gguf.rs"]
+mod gguf;
+#[cfg(feature = "hub")]
+#[path = "suite/hub.rs"]
+mod hub;
 #[path = "suite/kill_resume.rs"]
 mod kill_resume;
 #[path = "suite/lora.rs"]

@@ -17,7 +17,8 @@ pub struct Batch {
     pub cu_seqlens: Vec<u32>,
     /// Targets, `[N]`, shifted.
     pub labels: Vec<i32>,
-    /// Index in the data set of each example, `[B]`; a row's number for a batch that comes from no data set.
+    /// Index in the data set of each example, `[B]`: of its sequence, where the data set is packed; a row's number for a
+    /// batch that comes from no data set.
     pub examples: Vec<usize>,
 }
 
@@ -30,7 +31,13 @@ impl Batch {
         let mut batch = Batch::empty();
         for &i in indices {
             let example = ds.get(i);
-            batch.push(&example.input_ids, &example.labels, i);
+            let whole = [example.input_ids.len() as u32];
+            let mut at = 0;
+            for &n in ds.segments().map_or(&whole[..], |segments| &segments[i]) {
+                let part = at..at + n as usize;
+                batch.push(&example.input_ids[part.clone()], &example.labels[part.clone()], i);
+                at = part.end;
+            }
         }
         batch
     }

@@ -42,9 +42,14 @@ impl Example {
 }
 
 /// Tokenized examples in a fixed order. Cloning shares them.
+///
+/// Of a [packed](Dataset::packed) data set, an example is a sequence of whole examples, whose lengths are in
+/// [`segments`](Dataset::segments).
 #[derive(Clone)]
 pub struct Dataset {
     examples: Arc<Vec<Example>>,
+    /// Of a packed data set: the lengths of the examples in each sequence.
+    segments: Option<Arc<Vec<Vec<u32>>>>,
     fingerprint: Arc<OnceLock<String>>,
     report: Option<Arc<DataReport>>,
 }
@@ -76,7 +81,76 @@ impl Dataset {
                     .found(label.to_string()));
             }
         }
-        Ok(Dataset { examples: Arc::new(examples), fingerprint: Arc::default(), report: None })
+        Ok(Dataset { examples: Arc::new(examples), segments: None, fingerprint: Arc::default(), report: None })
+    }
+
+    /// A packed data set: `segments[i]` are the lengths of the examples that example `i` is made of.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and lengths that do not add up to the tokens, or are 0.
+    pub fn with_segments(mut examples: Vec<Example>, segments: Vec<Vec<u32>>) -> Result<Self> {
+        if segments.len() != examples.len() {
+            return Err(Error::new("a packed data set needs the lengths of the examples in each sequence")
+                .expected(format!("{} lists of lengths", examples.len()))
+                .found(segments.len().to_string()));
+        }
+        for (i, (example, lengths)) in examples.iter_mut().zip(&segments).enumerate() {
+            let total: u64 = lengths.iter().map(|&n| u64::from(n)).sum();
+            if lengths.contains(&0) || total != example.input_ids.len() as u64 {
+                return Err(Error::new("the lengths of packed examples do not fit their sequence")
+                    .at(format!("example {i}"))
+                    .expected(format!("lengths above 0 that add up to {} tokens", example.input_ids.len()))
+                    .found(format!("{lengths:?}")));
+            }
+            // Nothing predicts the first token of an example.
+            let mut at = 0;
+            for &n in lengths {
+                if let Some(label) = example.labels.get_mut(at) {
+                    *label = IGNORE_INDEX;
+                }
+                at += n as usize;
+            }
+        }
+        Ok(Dataset { segments: Some(Arc::new(segments)), ..Dataset::new(examples)? })
+    }
+
+    /// The same examples, joined into sequences of at most `max_length` tokens, so that micro-batches of a fixed number of
+    /// sequences are full.
+    ///
+    /// Attention and positions stay inside each example, so the loss of every token is what it was. Best fit, longest first
+    /// (each example goes where it leaves the least room); within a sequence examples keep their order, and sequences
+    /// are in the order of their first examples. No example is cut, none is left out.
+    ///
+    /// # Errors
+    /// An example longer than `max_length`; a data set that is packed already.
+    pub fn packed(&self, max_length: usize) -> Result<Dataset> {
+        if self.segments.is_some() {
+            return Err(Error::new("this data set is packed already").next("pack the one that it was made from"));
+        }
+        let lengths = self.lengths();
+        if let Some((i, n)) = lengths.iter().enumerate().find(|(_, n)| **n > max_length) {
+            return Err(Error::new("an example is longer than the sequences to pack into")
+                .at(format!("example {i}"))
+                .expected(format!("at most {max_length} tokens"))
+                .found(n.to_string())
+                .next("encode with max_length, or pack into longer sequences"));
+        }
+        let (mut examples, mut segments) = (vec![], vec![]);
+        for pack in super::packing::best_fit(&lengths, max_length) {
+            let mut joined = Example { input_ids: vec![], labels: vec![] };
+            for &i in &pack {
+                joined.input_ids.extend_from_slice(&self.examples[i].input_ids);
+                joined.labels.extend_from_slice(&self.examples[i].labels);
+            }
+            examples.push(joined);
+            segments.push(pack.iter().map(|&i| lengths[i] as u32).collect());
+        }
+        Ok(Dataset { report: self.report.clone(), ..Dataset::with_segments(examples, segments)? })
+    }
+
+    /// Of a packed data set: the lengths of the examples in each sequence; `None` for one that is not packed.
+    pub fn segments(&self) -> Option<&[Vec<u32>]> {
+        self.segments.as_deref().map(Vec::as_slice)
     }
 
     pub(crate) fn with_report(mut self, report: DataReport) -> Self {
@@ -152,22 +226,36 @@ impl Dataset {
                 .expected(format!("1 to {}", self.len() - 1))
                 .found(n.to_string()));
         }
-        Ok((Dataset::new(self.examples[..n].to_vec())?, Dataset::new(self.examples[n..].to_vec())?))
+        let part = |range: std::ops::Range<usize>| {
+            let examples = self.examples[range.clone()].to_vec();
+            match &self.segments {
+                Some(segments) => Dataset::with_segments(examples, segments[range].to_vec()),
+                None => Dataset::new(examples),
+            }
+        };
+        Ok((part(0..n)?, part(n..self.len())?))
     }
 
-    /// SHA-256 (64 hex digits) over lengths, ids and labels: a resumed run asks whether its data is the same.
+    /// SHA-256 (64 hex digits) over lengths, ids and labels, and how they are packed: a resumed run asks whether its data is the same.
     pub fn fingerprint(&self) -> String {
-        self.fingerprint.get_or_init(|| fingerprint(&self.examples)).clone()
+        self.fingerprint.get_or_init(|| fingerprint(&self.examples, self.segments())).clone()
     }
 }
 
-fn fingerprint(examples: &[Example]) -> String {
+fn fingerprint(examples: &[Example], segments: Option<&[Vec<u32>]>) -> String {
     let mut hash = Sha256::new();
     hash.update(b"tunebook dataset 1\n");
     for example in examples {
         hash.update((example.input_ids.len() as u64).to_le_bytes());
         hash.update(bytemuck::cast_slice::<u32, u8>(&example.input_ids));
         hash.update(bytemuck::cast_slice::<i32, u8>(&example.labels));
+    }
+    if let Some(segments) = segments {
+        hash.update(b"packed\n");
+        for lengths in segments {
+            hash.update((lengths.len() as u64).to_le_bytes());
+            hash.update(bytemuck::cast_slice::<u32, u8>(lengths));
+        }
     }
     let mut hex = String::with_capacity(64);
     for byte in hash.finalize() {
@@ -180,8 +268,9 @@ impl fmt::Debug for Dataset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Dataset: {} examples, {} tokens ({} trained on), longest {}",
+            "Dataset: {} {}, {} tokens ({} trained on), longest {}",
             self.len(),
+            if self.segments.is_some() { "packed sequences" } else { "examples" },
             self.total_tokens(),
             self.trained_tokens(),
             self.max_len()

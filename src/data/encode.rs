@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::data::conversation;
 use crate::data::report::{DataReport, DroppedRow};
 use crate::data::tokenizer::Encoding;
 use crate::data::{ChatTemplate, Dataset, Example, IGNORE_INDEX, InstructionTemplate, Rows, Tokenizer};
@@ -17,7 +18,8 @@ use crate::{Error, Result};
 pub enum Format {
     /// A prompt and a completion from the row's columns.
     Instruction(InstructionTemplate),
-    /// A conversation: a column with a list of `{"role", "content"}`, rendered by a chat template.
+    /// A conversation: a column with a list of `{"role", "content"}`, or of ShareGPT's `{"from", "value"}`, rendered by a
+    /// chat template.
     Messages {
         /// The column, usually `messages`.
         column: String,
@@ -32,13 +34,16 @@ pub enum Format {
 }
 
 /// Which tokens have a loss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainOn {
     /// The completion, or the assistant's turns, with their end-of-sequence tokens.
     Completion,
     /// Every token.
     All,
+    /// The turns of these roles in a conversation, from their text to the end of the turn; `["assistant"]` is the same as
+    /// `Completion`.
+    Roles(Vec<String>),
 }
 
 /// How rows become examples.
@@ -114,6 +119,13 @@ impl DataConfig {
                 .next("set add_eos to false, or name the token in the config"));
         }
         match &self.format {
+            Format::Instruction(_) | Format::Text { .. } if matches!(self.train_on, TrainOn::Roles(_)) => {
+                Err(Error::new("only conversations have roles")
+                    .at("train_on")
+                    .expected("`completion` or `all`, or the format `messages`")
+                    .found(format!("{:?}", self.train_on))
+                    .next("train on completions, or give the rows as conversations"))
+            }
             Format::Instruction(template) => rows.require(&template.columns()?),
             Format::Messages { column, .. } => rows.require(std::slice::from_ref(column)),
             Format::Text { .. } if self.train_on == TrainOn::Completion => {
@@ -130,7 +142,12 @@ impl DataConfig {
 
 /// What one row becomes.
 enum Outcome {
-    Kept { example: Example, truncated: bool, merged_boundary: bool },
+    /// `cut`: tokens that were cut off.
+    Kept {
+        example: Example,
+        cut: usize,
+        merged_boundary: bool,
+    },
     Dropped(&'static str),
 }
 
@@ -151,9 +168,10 @@ pub fn encode(rows: &Rows, tokenizer: &Tokenizer, config: &DataConfig) -> Result
     for (i, outcome) in outcomes.into_iter().enumerate() {
         match outcome? {
             Outcome::Dropped(reason) => report.dropped.push(DroppedRow { place: rows.place(i), reason: reason.into() }),
-            Outcome::Kept { example, truncated, merged_boundary } => {
-                if truncated {
+            Outcome::Kept { example, cut, merged_boundary } => {
+                if cut > 0 {
                     report.truncated.push(rows.place(i));
+                    report.truncated_tokens += cut;
                 }
                 report.merged_boundaries += usize::from(merged_boundary);
                 examples.push(example);
@@ -194,9 +212,12 @@ fn encode_row(rows: &Rows, i: usize, tokenizer: &Tokenizer, config: &DataConfig)
             if messages.is_empty() {
                 return Ok(Outcome::Dropped("the conversation is empty"));
             }
-            let chat = match config.train_on {
-                TrainOn::Completion => template.render_with_assistant(messages),
-                TrainOn::All => template.render(messages, &Default::default()).map(|text| {
+            let chat = match &config.train_on {
+                TrainOn::Completion => template.render_with_assistant(&messages),
+                TrainOn::Roles(roles) => {
+                    template.render_with_roles(&messages, &roles.iter().map(String::as_str).collect::<Vec<_>>())
+                }
+                TrainOn::All => template.render(&messages, &Default::default()).map(|text| {
                     let assistant = one(0..text.len());
                     crate::data::RenderedChat { text, assistant }
                 }),
@@ -212,27 +233,10 @@ fn one(span: Range<usize>) -> Vec<Range<usize>> {
     vec![span]
 }
 
-fn messages<'a>(rows: &'a Rows, i: usize, column: &str) -> Result<&'a [Value]> {
-    let bad = |found: String| {
-        Error::new(format!("column `{column}` is not a conversation"))
-            .at(rows.place(i))
-            .expected(r#"a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]"#)
-            .found(found)
-    };
-    let list = match rows.get(i).and_then(|row| row.get(column)) {
-        Some(Value::Array(list)) => list,
-        Some(other) => return Err(bad(other.to_string().chars().take(120).collect())),
-        None => return Err(bad("no such column in this row".into())),
-    };
-    for message in list {
-        if message.get("role").and_then(Value::as_str).is_none() {
-            return Err(bad(format!(
-                "a message without a role: {}",
-                message.to_string().chars().take(120).collect::<String>()
-            )));
-        }
-    }
-    Ok(list)
+/// The conversation of row `i`, as `{"role", "content"}`.
+fn messages(rows: &Rows, i: usize, column: &str) -> Result<Vec<Value>> {
+    let value = rows.get(i).and_then(|row| row.get(column)).unwrap_or(&Value::Null);
+    conversation::messages(value).map_err(|e| e.at(format!("{}: column `{column}`", rows.place(i))))
 }
 
 /// Labels, end of sequence, truncation.
@@ -250,13 +254,13 @@ fn label(encoding: Encoding, spans: &[Range<usize>], tokenizer: &Tokenizer, conf
         labels.push(eos as i32);
     }
     let max_length = config.max_length.unwrap_or(usize::MAX);
-    let truncated = input_ids.len() > max_length;
+    let cut = input_ids.len().saturating_sub(max_length);
     input_ids.truncate(max_length);
     labels.truncate(max_length);
     let example = Example { input_ids, labels };
     Ok(match example.trained_tokens() {
-        0 if truncated => Outcome::Dropped("nothing to train on is left within max_length"),
+        0 if cut > 0 => Outcome::Dropped("nothing to train on is left within max_length"),
         0 => Outcome::Dropped("there is nothing to train on"),
-        _ => Outcome::Kept { example, truncated, merged_boundary },
+        _ => Outcome::Kept { example, cut, merged_boundary },
     })
 }

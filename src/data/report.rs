@@ -15,6 +15,9 @@ pub struct DataReport {
     pub kept: usize,
     /// Where the rows came from that were cut to `max_length`.
     pub truncated: Vec<String>,
+    /// Tokens that were cut off them.
+    #[serde(default)]
+    pub truncated_tokens: usize,
     /// Rows that did not become examples, and why.
     pub dropped: Vec<DroppedRow>,
     /// Rows in which one token holds the end of the prompt and the beginning of the completion: it is trained on, but in
@@ -88,6 +91,9 @@ impl fmt::Debug for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let share = 100.0 * self.trained_tokens as f64 / self.tokens.max(1) as f64;
         write!(f, "{} of {} rows kept, {} truncated", self.kept, self.rows, self.truncated.len())?;
+        if let Some(first) = self.truncated.first() {
+            write!(f, " by {} tokens (first: {first})", self.truncated_tokens)?;
+        }
         write!(
             f,
             "\n{} tokens, {} trained on ({share:.1} %), longest {}",

@@ -1,13 +1,15 @@
 //! [`Rows`]: a table of training rows, as the file has them.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::Arc;
 
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
 use serde_json::{Map, Value};
 
+use crate::data::sampler::shuffle;
+use crate::data::{RowFile, row_file};
 use crate::{Error, Result};
 
 /// Rows with named columns, each value as JSON has it. Cloning shares them.
@@ -18,35 +20,76 @@ pub struct Rows {
     source: Arc<str>,
 }
 
+/// One row, and where it came from.
 #[derive(Clone)]
-struct Row {
+pub(super) struct Row {
+    pub place: Place,
+    pub values: Map<String, Value>,
+}
+
+/// Where a row came from.
+#[derive(Clone)]
+pub(super) struct Place {
+    /// The file, or `rows`.
+    pub source: Arc<str>,
     /// Line of the file or number of the row, from 1.
-    line: usize,
-    values: Map<String, Value>,
+    pub number: usize,
+    /// Whether `number` counts lines: files in which a row has no line of its own count rows.
+    pub is_line: bool,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}{}", self.source, if self.is_line { "" } else { " row " }, self.number)
+    }
 }
 
 impl Rows {
+    /// Reads a file of rows: `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, known by its name.
+    ///
+    /// [`RowFile::open`] looks at a file before it is read, and reads parts of it.
+    ///
+    /// # Errors
+    /// As [`RowFile::open`] and [`RowFile::read`].
+    pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
+        RowFile::open(path)?.read()
+    }
+
     /// Reads a JSONL file: one JSON object per line. Blank lines are skipped.
     ///
     /// # Errors
     /// A file that cannot be read, holds no row, or has a line that is not UTF-8 or not a JSON object; the place is
     /// `file:line`.
     pub fn from_jsonl(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-        let mut reader = BufReader::with_capacity(1 << 16, file);
-        let (source, mut rows, mut bytes) = (path.display().to_string(), vec![], vec![]);
-        for line in 1.. {
-            bytes.clear();
-            if reader.read_until(b'\n', &mut bytes).map_err(|e| Error::io("read", path, e))? == 0 {
-                break;
-            }
-            let text = bytes.strip_prefix(b"\xEF\xBB\xBF").filter(|_| line == 1).unwrap_or(&bytes);
-            if !text.trim_ascii().is_empty() {
-                rows.push(Row { line, values: parse_line(text).map_err(|e| e.at(format!("{source}:{line}")))? });
-            }
-        }
-        Rows::new(rows, source)
+        row_file::read_jsonl(path.as_ref(), &row_file::Part::default())
+    }
+
+    /// Reads a JSON file: a list of objects, or an object with one such list in it (`{"data": [...]}`).
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not of that form, or holds no row.
+    pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
+        row_file::read_json(path.as_ref(), &row_file::Part::default())
+    }
+
+    /// Reads a CSV file with a header (by `.tsv` in its name, separated by tabs). All values are text; empty fields are
+    /// empty text.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not UTF-8, or holds no row; columns of one name; a row with another number of fields
+    /// than the header, with its line.
+    pub fn from_csv(path: impl AsRef<Path>) -> Result<Self> {
+        row_file::read_csv(path.as_ref(), &row_file::Part::default())
+    }
+
+    /// Reads a Parquet file, in any of its compressions.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is damaged or holds no row; a column of a type that rows cannot hold, such as dates
+    /// ([`RowFile::select`] leaves columns out).
+    #[cfg(feature = "polars")]
+    pub fn from_parquet(path: impl AsRef<Path>) -> Result<Self> {
+        row_file::read_parquet(path.as_ref(), &row_file::Part::default())
     }
 
     /// Rows made in code: each value a JSON object.
@@ -61,14 +104,23 @@ impl Rows {
     /// # Errors
     /// No value, or one that is not an object.
     pub fn from_values(values: Vec<Value>) -> Result<Self> {
-        let row = |(i, value): (usize, Value)| match value {
-            Value::Object(values) => Ok(Row { line: i + 1, values }),
-            other => Err(not_an_object(&other).at(format!("row {}", i + 1))),
-        };
-        Rows::new(values.into_iter().enumerate().map(row).collect::<Result<_>>()?, "rows".into())
+        let source: Arc<str> = "rows".into();
+        Rows::from_list(values, &source)
     }
 
-    fn new(rows: Vec<Row>, source: String) -> Result<Self> {
+    /// Rows of a list whose rows have numbers and no lines.
+    pub(super) fn from_list(values: Vec<Value>, source: &Arc<str>) -> Result<Self> {
+        let row = |(i, value): (usize, Value)| {
+            let place = Place { source: source.clone(), number: i + 1, is_line: false };
+            match value {
+                Value::Object(values) => Ok(Row { place, values }),
+                other => Err(not_an_object(&other).at(place.to_string())),
+            }
+        };
+        Rows::new(values.into_iter().enumerate().map(row).collect::<Result<_>>()?, source)
+    }
+
+    pub(super) fn new(rows: Vec<Row>, source: &str) -> Result<Self> {
         if rows.is_empty() {
             return Err(Error::new("there are no rows").at(source).expected("at least one JSON object").found("none"));
         }
@@ -102,10 +154,10 @@ impl Rows {
         self.rows.get(i).map(|row| &row.values)
     }
 
-    /// Where row `i` came from: `file:line`, or `rows: row 3` for rows made in code.
+    /// Where row `i` came from: `file:line`, or `file: row 3` where rows have no lines.
     pub fn place(&self, i: usize) -> String {
-        let line = self.rows.get(i).map_or(i + 1, |row| row.line);
-        if &*self.source == "rows" { format!("rows: row {line}") } else { format!("{}:{line}", self.source) }
+        let unknown = || format!("{}: row {}", self.source, i + 1);
+        self.rows.get(i).map_or_else(unknown, |row| row.place.to_string())
     }
 
     /// The file, or `rows`.
@@ -125,22 +177,88 @@ impl Rows {
         Rows { rows: Arc::new(rows), columns: self.columns.clone(), source: self.source.clone() }
     }
 
+    /// Columns under other names: `rows.rename(&[("question", "instruction"), ("answer", "output")])`.
+    ///
+    /// # Errors
+    /// A column that is not there (with the nearest that is), or a new name that is taken.
+    pub fn rename(&self, names: &[(&str, &str)]) -> Result<Rows> {
+        self.require(&names.iter().map(|(from, _)| (*from).to_owned()).collect::<Vec<_>>())?;
+        let new_name = |column: &str| {
+            names.iter().find(|(from, _)| *from == column).map_or_else(|| column.to_owned(), |(_, to)| (*to).to_owned())
+        };
+        let columns: Vec<String> = self.columns.iter().map(|c| new_name(c)).collect();
+        if let Some(twice) = columns.iter().enumerate().find(|(i, c)| columns[..*i].contains(c)) {
+            return Err(Error::new(format!("two columns would be named `{}`", twice.1))
+                .at(&*self.source)
+                .expected("a name for each column")
+                .next("rename or leave out the other one first"));
+        }
+        let renamed = |row: &Row| Row {
+            place: row.place.clone(),
+            values: row.values.iter().map(|(column, value)| (new_name(column), value.clone())).collect(),
+        };
+        let rows = self.rows.iter().map(renamed).collect();
+        Ok(Rows { rows: Arc::new(rows), columns: Arc::new(columns), source: self.source.clone() })
+    }
+
+    /// All rows of several files, in order.
+    ///
+    /// # Errors
+    /// No rows at all.
+    pub fn concat(parts: &[Rows]) -> Result<Rows> {
+        let rows: Vec<Row> = parts.iter().flat_map(|part| part.rows.iter().cloned()).collect();
+        let source = match parts {
+            [one] => one.source.to_string(),
+            [first, ..] => format!("{} and {} more", first.source, parts.len() - 1),
+            [] => "rows".into(),
+        };
+        Rows::new(rows, &source)
+    }
+
+    /// Shuffles and splits: rows to train on, and `eval` rows to evaluate on, each in the shuffled order.
+    ///
+    /// The same rows, `eval` and `seed` give the same split everywhere.
+    ///
+    /// # Errors
+    /// When one of the two would be empty.
+    pub fn split(&self, eval: usize, seed: u64) -> Result<(Rows, Rows)> {
+        if eval == 0 || eval >= self.len() {
+            return Err(Error::new("a split leaves one side empty")
+                .at(&*self.source)
+                .expected(format!("1 to {} rows to evaluate on", self.len().saturating_sub(1)))
+                .found(eval.to_string()));
+        }
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        shuffle(&mut ChaCha8Rng::seed_from_u64(seed), &mut order);
+        let part = |order: &[usize]| Rows {
+            rows: Arc::new(order.iter().filter_map(|&i| self.rows.get(i).cloned()).collect()),
+            columns: self.columns.clone(),
+            source: self.source.clone(),
+        };
+        let (train, eval) = order.split_at(self.len() - eval);
+        Ok((part(train), part(eval)))
+    }
+
     /// Checks that every one of `wanted` is a column.
     ///
     /// # Errors
     /// Names the missing columns, those that exist, and the nearest name.
     pub fn require(&self, wanted: &[String]) -> Result<()> {
-        let missing: Vec<&String> = wanted.iter().filter(|w| !self.columns.contains(w)).collect();
+        Rows::require_in(wanted, &self.columns, &self.source)
+    }
+
+    /// [`require`](Self::require), for columns that are not read yet.
+    pub(super) fn require_in(wanted: &[String], columns: &[String], source: &str) -> Result<()> {
+        let missing: Vec<&String> = wanted.iter().filter(|w| !columns.contains(w)).collect();
         let Some(first) = missing.first() else { return Ok(()) };
         let error = Error::new(format!("the rows have no column {}", quoted(&missing)))
-            .at(&*self.source)
+            .at(source)
             .expected(format!("columns {}", quoted(&wanted.iter().collect::<Vec<_>>())))
-            .found(format!("columns {}", quoted(&self.columns.iter().collect::<Vec<_>>())));
-        let nearest =
-            self.columns.iter().map(|c| (strsim::jaro_winkler(c, first), c)).max_by(|a, b| a.0.total_cmp(&b.0));
+            .found(format!("columns {}", quoted(&columns.iter().collect::<Vec<_>>())));
+        let nearest = columns.iter().map(|c| (strsim::jaro_winkler(c, first), c)).max_by(|a, b| a.0.total_cmp(&b.0));
         Err(match nearest {
             Some((score, name)) if score > 0.8 => error.next(format!("did you mean `{name}`?")),
-            _ => error.next("name the columns in the template as the rows do"),
+            _ => error.next("name the columns in the template as the rows do, or rename them: Rows::rename"),
         })
     }
 
@@ -170,24 +288,13 @@ impl Rows {
     }
 }
 
-fn parse_line(text: &[u8]) -> Result<Map<String, Value>> {
-    match serde_json::from_slice(text) {
-        Ok(Value::Object(values)) => Ok(values),
-        Ok(other) => Err(not_an_object(&other)),
-        Err(e) => Err(Error::new("a line is not JSON")
-            .expected("one JSON object per line (JSONL)")
-            .caused_by(e)
-            .next("a file that is one JSON array, or has an object over several lines, must be converted first")),
-    }
-}
-
-fn not_an_object(value: &Value) -> Error {
+pub(super) fn not_an_object(value: &Value) -> Error {
     Error::new("a row is not a JSON object")
         .expected(r#"an object such as {"instruction": "...", "output": "..."}"#)
         .found(kind(value))
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -212,7 +319,7 @@ impl fmt::Debug for Rows {
             quoted(&self.columns.iter().collect::<Vec<_>>())
         )?;
         for row in self.rows.iter().take(3) {
-            write!(f, "\n[{}]", row.line)?;
+            write!(f, "\n[{}]", row.place.number)?;
             for (name, value) in &row.values {
                 let text = value.as_str().map_or_else(|| value.to_string(), String::from).replace('\n', "⏎");
                 let short: String = text.chars().take(80).collect();

@@ -69,15 +69,20 @@ fn grouped(lengths: &[usize], batch_size: usize, perm: &[usize], mega_batch_mult
     order
 }
 
-/// Fisher-Yates over a ChaCha8 stream. Written out, so that no other crate's version can change an order.
+/// A permutation of `0..n` from the ChaCha8 stream of (seed, epoch).
 fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(epoch);
     let mut order: Vec<usize> = (0..n).collect();
-    for i in (1..n).rev() {
-        order.swap(i, below(&mut rng, i as u64 + 1) as usize);
-    }
+    shuffle(&mut rng, &mut order);
     order
+}
+
+/// Fisher-Yates. Written out, so that no other crate's version can change an order.
+pub(super) fn shuffle(rng: &mut ChaCha8Rng, order: &mut [usize]) {
+    for i in (1..order.len()).rev() {
+        order.swap(i, below(rng, i as u64 + 1) as usize);
+    }
 }
 
 /// A uniform number below `bound` (> 0), without bias: draws in the incomplete last interval are drawn again.

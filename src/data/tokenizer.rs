@@ -8,7 +8,10 @@ use serde_json::Value;
 
 use crate::files::read_to_string;
 use crate::model::ModelSpec;
-use crate::{Error, Result};
+use crate::{Error, Result, json};
+
+/// The name of the chat template that is used when none is asked for.
+const DEFAULT: &str = "default";
 
 /// Text to token ids and back. Cloning shares the tables.
 #[derive(Clone)]
@@ -24,7 +27,28 @@ pub struct Tokenizer {
     unk: Option<Special>,
     /// `add_bos_token` where the config has it; otherwise the post-processor of `tokenizer.json` decides.
     add_bos: Option<bool>,
-    chat_template: Option<Arc<str>>,
+    /// The chat templates by name; the only one of a config without names is `default`.
+    chat_templates: Arc<Vec<(String, String)>>,
+}
+
+/// Which token serves as padding in other tools, and what follows from it; see [`Tokenizer::padding`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Padding {
+    /// The token, when there is one to use.
+    pub token: Option<(String, u32)>,
+    /// Whether it is also the end-of-sequence token.
+    pub is_eos: bool,
+    /// Why this one, and what to mind.
+    pub reason: String,
+}
+
+impl fmt::Display for Padding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.token {
+            Some((text, id)) => write!(f, "padding `{text}` = {id}: {}", self.reason),
+            None => write!(f, "no padding token: {}", self.reason),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -45,13 +69,13 @@ pub struct Encoding {
 
 impl Tokenizer {
     /// The tokenizer of a model directory: `tokenizer.json`, and, where they exist, `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja`.
+    /// `special_tokens_map.json`, `chat_template.jinja` and `additional_chat_templates/*.jinja`.
     ///
     /// # Errors
     /// A missing or malformed `tokenizer.json`, a malformed config, or a bos or eos token that is not in the vocabulary.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let json = read_to_string(dir.join("tokenizer.json")).map_err(|e| {
+        let text = read_to_string(dir.join("tokenizer.json")).map_err(|e| {
             if dir.join("tokenizer.model").exists() {
                 e.next("this directory has only tokenizer.model (SentencePiece): convert it to tokenizer.json first")
             } else {
@@ -62,11 +86,16 @@ impl Tokenizer {
         for (key, value) in read_json_object(dir.join("special_tokens_map.json"))? {
             config.entry(key).or_insert(value);
         }
-        let template = dir.join("chat_template.jinja");
-        if template.exists() {
-            config.insert("chat_template".into(), Value::String(read_to_string(template)?));
+        let source = dir.join("tokenizer.json").display().to_string();
+        let mut templates = chat_templates(&config, &source)?;
+        for (name, text) in template_files(dir)? {
+            templates.retain(|(n, _)| *n != name);
+            templates.push((name, text));
         }
-        Tokenizer::build(&json, &config, dir.join("tokenizer.json").display().to_string())
+        config.remove("chat_template");
+        let mut tokenizer = Tokenizer::build(&text, &config, source)?;
+        tokenizer.chat_templates = Arc::new(templates);
+        Ok(tokenizer)
     }
 
     /// A tokenizer from the texts of `tokenizer.json` and, if there is one, `tokenizer_config.json`.
@@ -81,13 +110,17 @@ impl Tokenizer {
         Tokenizer::build(tokenizer_json, &config, "tokenizer.json".into())
     }
 
-    fn build(json: &str, config: &serde_json::Map<String, Value>, source: String) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| {
+    fn build(tokenizer_json: &str, config: &serde_json::Map<String, Value>, source: String) -> Result<Self> {
+        let bad = |found: String| {
             Error::new("could not read the tokenizer")
                 .at(source.as_str())
                 .expected("a tokenizer.json of Hugging Face tokenizers")
-                .found(e.to_string())
-        })?;
+                .found(found)
+        };
+        // The library trusts the file in places, and panics where it should not have.
+        let read = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(tokenizer_json));
+        let read = read.map_err(|_| bad("what its reader did not expect".into()))?;
+        let mut inner = read.map_err(|e| bad(e.to_string()))?;
         // Some files carry the truncation and padding of their last use.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| failed("set up", &e))?;
@@ -100,8 +133,8 @@ impl Tokenizer {
         // A pad or unk token outside the vocabulary does no harm: batches have no padding.
         let (pad, unk) = (special("pad_token").ok().flatten(), special("unk_token").ok().flatten());
         let add_bos = config.get("add_bos_token").and_then(Value::as_bool);
-        let chat_template = chat_template_text(config, &source)?.map(Arc::from);
-        Ok(Tokenizer { inner: Arc::new(inner), source, id_count, bos, eos, pad, unk, add_bos, chat_template })
+        let chat_templates = Arc::new(chat_templates(config, &source)?);
+        Ok(Tokenizer { inner: Arc::new(inner), source, id_count, bos, eos, pad, unk, add_bos, chat_templates })
     }
 
     /// One more than the largest token id, added tokens included: the vocabulary that a model needs at least.
@@ -139,9 +172,45 @@ impl Tokenizer {
         self.eos.as_ref().map(|s| s.text.as_str())
     }
 
-    /// Source of the chat template that came with the tokenizer.
+    /// Source of the chat template that came with the tokenizer; of several, the one named `default`.
     pub fn chat_template_source(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.chat_templates.iter().find(|(name, _)| name == DEFAULT).map(|(_, text)| text.as_str())
+    }
+
+    /// Name and source of each chat template that came with the tokenizer.
+    pub fn chat_templates(&self) -> &[(String, String)] {
+        &self.chat_templates
+    }
+
+    /// Which token to pad with in tools that pad, and why. Nothing here does: a batch is a flat list of tokens, and the loss
+    /// mask goes by position, so no choice of padding can change what is learnt.
+    ///
+    /// The trap is padding with the end-of-sequence token, as many scripts do (`pad_token = eos_token`): where a data
+    /// collator masks labels by the padding's id, every end of sequence loses its label, and the model never learns to stop.
+    pub fn padding(&self) -> Padding {
+        let token = |s: &Special| Some((s.text.clone(), s.id));
+        let is_eos = |s: &Special| self.eos.as_ref().is_some_and(|eos| eos.id == s.id);
+        let (token, is_eos, reason) = match (&self.pad, &self.unk) {
+            (Some(pad), _) if is_eos(pad) => (
+                token(pad),
+                true,
+                "it is also the end of sequence: a tool that masks labels by the padding's id hides every end, and the \
+                 model never learns to stop; here labels are masked by position",
+            ),
+            (Some(pad), _) => (token(pad), false, "the tokenizer's own padding token, which is no other special token"),
+            (None, Some(unk)) if !is_eos(unk) => (
+                token(unk),
+                false,
+                "the tokenizer has no padding token; the unknown token is safer than the end of sequence, which must keep \
+                 its label",
+            ),
+            (None, _) => (
+                None,
+                false,
+                "none is needed here; a tool that pads should use a token that texts do not hold, never the end of sequence",
+            ),
+        };
+        Padding { token, is_eos, reason: reason.into() }
     }
 
     /// Ids of a prompt: what the model sees before it continues.
@@ -198,7 +267,10 @@ impl Tokenizer {
     }
 
     fn run(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
-        let encoding = self.inner.encode(text, add_special_tokens).map_err(|e| failed("encode text", &e))?;
+        let run = || self.inner.encode(text, add_special_tokens);
+        let encoding = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+            .map_err(|_| failed("encode text", &"tokenizer.json describes something that cannot be done"))?
+            .map_err(|e| failed("encode text", &e))?;
         Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
@@ -255,7 +327,14 @@ impl fmt::Debug for Tokenizer {
                 write!(f, ", {name} `{}` = {}", s.text, s.id)?;
             }
         }
-        write!(f, ", {} chat template", if self.chat_template.is_some() { "with a" } else { "no" })
+        match self.chat_templates.as_slice() {
+            [] => f.write_str(", no chat template"),
+            [_] => f.write_str(", with a chat template"),
+            many => {
+                let names: Vec<&str> = many.iter().map(|(name, _)| name.as_str()).collect();
+                write!(f, ", with chat templates {}", names.join(", "))
+            }
+        }
     }
 }
 
@@ -271,8 +350,12 @@ fn read_json_object(path: PathBuf) -> Result<serde_json::Map<String, Value>> {
 }
 
 fn parse_object(text: &str, at: &str) -> Result<serde_json::Map<String, Value>> {
-    serde_json::from_str(text)
-        .map_err(|e| Error::new("could not read a tokenizer's config").at(at).expected("a JSON object").caused_by(e))
+    let bad = || Error::new("could not read a tokenizer's config").at(at).expected("a JSON object, no key twice");
+    match json::parse(text.as_bytes()) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(bad().found("JSON that is no object")),
+        Err(e) => Err(bad().caused_by(e)),
+    }
 }
 
 /// A special token of the config: a string, or an object with `content`.
@@ -296,18 +379,41 @@ fn special_token(
     }
 }
 
-/// `chat_template`: a string, or a list of named ones, of which the default is taken.
-fn chat_template_text(config: &serde_json::Map<String, Value>, source: &str) -> Result<Option<String>> {
-    match config.get("chat_template") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(Value::Array(list)) => {
-            let default = list.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
-            Ok(default.and_then(|t| t.get("template")).and_then(Value::as_str).map(String::from))
-        }
-        Some(other) => Err(Error::new("the chat template has an unknown form")
+/// `chat_template`: a string, or a list of named ones.
+fn chat_templates(config: &serde_json::Map<String, Value>, source: &str) -> Result<Vec<(String, String)>> {
+    let bad = |found: String| {
+        Error::new("the chat template has an unknown form")
             .at(format!("{source}: chat_template"))
             .expected("a string, or a list of {name, template}")
-            .found(other.to_string())),
+            .found(found)
+    };
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(vec![]),
+        Some(Value::String(text)) => Ok(vec![(DEFAULT.into(), text.clone())]),
+        Some(Value::Array(list)) => {
+            let part = |t: &Value, key: &str| t.get(key).and_then(Value::as_str).map(String::from);
+            let named = |t: &Value| part(t, "name").zip(part(t, "template")).ok_or_else(|| bad(t.to_string()));
+            list.iter().map(named).collect()
+        }
+        Some(other) => Err(bad(other.to_string())),
     }
+}
+
+/// The templates that have files of their own: `chat_template.jinja`, and more by name.
+fn template_files(dir: &Path) -> Result<Vec<(String, String)>> {
+    let mut found = vec![];
+    let default = dir.join("chat_template.jinja");
+    if default.exists() {
+        found.push((DEFAULT.to_owned(), read_to_string(default)?));
+    }
+    let more = dir.join("additional_chat_templates");
+    if let Ok(entries) = std::fs::read_dir(&more) {
+        let mut paths: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+        paths.sort();
+        for path in paths.iter().filter(|p| p.extension().is_some_and(|e| e == "jinja")) {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            found.push((name, read_to_string(path)?));
+        }
+    }
+    Ok(found)
 }

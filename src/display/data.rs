@@ -67,7 +67,7 @@ impl Show for DataReport {
             ("tokens", count(self.tokens as u64)),
             ("trained on", share(self.trained_tokens, self.tokens)),
             ("longest", format!("{} tokens", count(self.max_len as u64))),
-            ("cut to max_length", count(self.truncated.len() as u64)),
+            ("cut to max_length", cut(self)),
         ];
         if self.merged_boundaries > 0 {
             facts.push((
@@ -83,6 +83,16 @@ impl Show for DataReport {
             card = card.table(dropped(self));
         }
         card
+    }
+}
+
+fn cut(report: &DataReport) -> String {
+    let n = report.truncated.len();
+    match report.truncated.first() {
+        Some(first) => {
+            format!("{} rows, {} tokens lost (first: {first})", count(n as u64), count(report.truncated_tokens as u64))
+        }
+        None => "no row".into(),
     }
 }
 
@@ -112,7 +122,20 @@ fn dropped(report: &DataReport) -> Table {
 
 impl Show for Dataset {
     fn card(&self) -> Card {
-        let mut card = Card::new(format!("Data set of {} examples", count(self.len() as u64))).facts([
+        let title = match self.segments() {
+            Some(segments) => {
+                let examples: usize = segments.iter().map(Vec::len).sum();
+                let full = self.total_tokens() as f64 / (self.len() * self.max_len()).max(1) as f64;
+                format!(
+                    "Data set of {} examples, packed into {} sequences, {} full",
+                    count(examples as u64),
+                    count(self.len() as u64),
+                    percent(full)
+                )
+            }
+            None => format!("Data set of {} examples", count(self.len() as u64)),
+        };
+        let mut card = Card::new(title).facts([
             ("tokens", count(self.total_tokens() as u64)),
             ("trained on", share(self.trained_tokens(), self.total_tokens())),
             ("longest", format!("{} tokens", count(self.max_len() as u64))),

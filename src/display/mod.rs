@@ -6,6 +6,8 @@
 
 mod card;
 mod data;
+#[cfg(feature = "hub")]
+mod download;
 mod environment;
 mod estimate;
 mod fit;

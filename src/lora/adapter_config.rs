@@ -64,9 +64,10 @@ impl AdapterConfig {
     /// Text that is not JSON, another method than LoRA, a variant of LoRA that computes something else (each with the
     /// reason), and numbers that cannot be.
     pub fn from_json(json: &str) -> Result<Self> {
-        let mut map: Map<String, Value> = serde_json::from_str(json).map_err(|e| {
-            Error::new("the adapter's config is not a JSON object").caused_by(e).next("save the adapter again")
-        })?;
+        let mut map: Map<String, Value> =
+            crate::json::parse(json.as_bytes()).and_then(serde_json::from_value).map_err(|e| {
+                Error::new("the adapter's config is not a JSON object").caused_by(e).next("save the adapter again")
+            })?;
         refuse(&map)?;
         // Written again in the form that they were read in.
         let layers_to_transform = one_or_many("layers_to_transform", map.get("layers_to_transform"))?;

@@ -15,7 +15,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::header::{self, Entry, Header};
-use crate::{Error, Result, files};
+use crate::{Error, Result, files, json};
 
 /// Name of the index of a sharded checkpoint.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -358,7 +358,7 @@ fn read_index(path: &Path) -> Result<Index> {
         weight_map: Index,
     }
     let text = files::read_to_string(path)?;
-    let raw: Raw = serde_json::from_str(&text).map_err(|e| {
+    let raw: Raw = json::parse(text.as_bytes()).and_then(serde_json::from_value).map_err(|e| {
         Error::new("the index of the checkpoint is not valid")
             .at_path(path)
             .expected("{\"weight_map\": {tensor: file}}")

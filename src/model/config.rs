@@ -58,7 +58,7 @@ fn generation_eos(json: &str) -> Result<Vec<u32>> {
 }
 
 fn object(json: &str) -> Result<Map<String, Value>> {
-    match serde_json::from_str(json) {
+    match crate::json::parse(json.as_bytes()) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(other) => Err(Error::new("not a JSON object").expected("{\"model_type\": ...}").found(kind(&other))),
         Err(e) => Err(Error::new("not valid JSON").caused_by(e).next("download the file again, or correct it there")),

@@ -9,6 +9,7 @@ pub(crate) mod bnb_write;
 mod checkpoint;
 mod config;
 mod config_write;
+mod gguf;
 mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -23,6 +24,7 @@ pub use base::Base;
 pub use bnb::QuantizationConfig;
 pub use bnb_write::write_bnb_4bit;
 pub use checkpoint::{Checkpoint, TensorInfo};
+pub use gguf::{GgufType, write_gguf};
 pub(crate) use spec::dtype_name;
 pub use spec::{Activation, Experts, Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
 pub use writer::{SafetensorsWriter, ShardedWriter, TensorHeader, canonical_order, pt_metadata};

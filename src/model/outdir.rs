@@ -46,6 +46,7 @@ impl OutDir {
             let name = entry.file_name().to_string_lossy().into_owned();
             // Follows links: the hub's cache is made of them.
             if is_side_file(&name) && entry.path().is_file() {
+                refuse_foreign(from, &entry.path())?;
                 let bytes = fs::read(entry.path()).map_err(|e| Error::io("read", entry.path(), e))?;
                 files::write_atomic_bytes(self.path().join(&name), &bytes)?;
                 names.push(name);
@@ -89,6 +90,23 @@ impl OutDir {
         }
         files::sync_dir(self.target.parent().unwrap_or(Path::new("/")))
     }
+}
+
+/// Refuses a link out of the model directory: what it names would be copied beside a model that others will get. Links into the
+/// blobs of the hub's cache, of which snapshots are made, lead nowhere else.
+fn refuse_foreign(dir: &Path, path: &Path) -> Result<()> {
+    let find = |path: &Path| fs::canonicalize(path).map_err(|e| Error::io("find", path, e));
+    let (file, inside) = (find(path)?, find(dir)?);
+    let blobs = inside.parent().and_then(Path::parent).map(|repo| repo.join("blobs"));
+    let is_snapshot = inside.parent().and_then(Path::file_name).is_some_and(|name| name == "snapshots");
+    if file.starts_with(&inside) || (is_snapshot && blobs.is_some_and(|blobs| file.starts_with(blobs))) {
+        return Ok(());
+    }
+    Err(Error::new("a link leads out of the model directory")
+        .at_path(path)
+        .expected("a file in the same directory")
+        .found(file.display().to_string())
+        .next("if it belongs to the model, put a copy in the place of the link"))
 }
 
 fn refuse_occupied(target: &Path) -> Result<()> {

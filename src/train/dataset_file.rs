@@ -9,7 +9,8 @@ use crate::data::{Dataset, Example};
 use crate::{Error, Result};
 
 /// Writes a data set as a safetensors file: `input_ids` u32 `[N]` and `labels` i32 `[N]`, all examples one after the other,
-/// and `lengths` u64 `[examples]`. Synced; an existing file is replaced only by a whole one.
+/// and `lengths` u64 `[examples]`; of a packed one also `segments` u32, the lengths of the packed examples, and
+/// `segment_counts` u64 `[examples]`, how many each sequence has. Synced; an existing file is replaced only by a whole one.
 ///
 /// # Errors
 /// Input or output errors, with the path.
@@ -21,17 +22,21 @@ pub fn save_dataset(path: impl AsRef<Path>, dataset: &Dataset) -> Result<()> {
     fn slice<'a>(name: &str, dtype: Dtype, len: usize, data: &'a [u8]) -> TensorSlice<'a> {
         TensorSlice { name: name.into(), dtype, shape: vec![len], data: data.into() }
     }
+    let segments: Vec<u32> = dataset.segments().unwrap_or_default().concat();
+    let counts: Vec<u64> = dataset.segments().unwrap_or_default().iter().map(|s| s.len() as u64).collect();
+    let mut tensors = vec![
+        slice("lengths", Dtype::U64, lengths.len(), bytemuck::cast_slice(&lengths)),
+        slice("input_ids", Dtype::U32, ids.len(), bytemuck::cast_slice(&ids)),
+        slice("labels", Dtype::I32, labels.len(), bytemuck::cast_slice(&labels)),
+    ];
+    if dataset.segments().is_some() {
+        tensors.push(slice("segment_counts", Dtype::U64, counts.len(), bytemuck::cast_slice(&counts)));
+        tensors.push(slice("segments", Dtype::U32, segments.len(), bytemuck::cast_slice(&segments)));
+    }
     let tmp = path.with_extension(format!("tmp-{}", std::process::id()));
     // Left behind by a process of the same id that was killed.
     _ = std::fs::remove_file(&tmp);
-    let written = tensor_file::write(
-        &tmp,
-        &[
-            slice("lengths", Dtype::U64, lengths.len(), bytemuck::cast_slice(&lengths)),
-            slice("input_ids", Dtype::U32, ids.len(), bytemuck::cast_slice(&ids)),
-            slice("labels", Dtype::I32, labels.len(), bytemuck::cast_slice(&labels)),
-        ],
-    );
+    let written = tensor_file::write(&tmp, &tensors);
     let renamed =
         written.and_then(|()| std::fs::rename(&tmp, path).map_err(|e| Error::io("rename into place", path, e)));
     if renamed.is_err() {
@@ -62,7 +67,26 @@ pub fn load_dataset(path: impl AsRef<Path>) -> Result<Dataset> {
     if at != ids.len() || at != labels.len() {
         return Err(damaged(path, "tokens that belong to no example"));
     }
-    Dataset::new(examples).map_err(|e| e.at_path(path))
+    let dataset = if file.names().iter().any(|name| name == "segments") {
+        Dataset::with_segments(examples, load_segments(&file, path)?)
+    } else {
+        Dataset::new(examples)
+    };
+    dataset.map_err(|e| e.at_path(path))
+}
+
+fn load_segments(file: &TensorFile, path: &Path) -> Result<Vec<Vec<u32>>> {
+    let counts: Vec<u64> = bytemuck::pod_collect_to_vec(&column(file, "segment_counts", Dtype::U64)?);
+    let lengths: Vec<u32> = bytemuck::pod_collect_to_vec(&column(file, "segments", Dtype::U32)?);
+    let mut rest = lengths.as_slice();
+    let mut segments = Vec::with_capacity(counts.len());
+    for count in counts {
+        let n = usize::try_from(count).ok().filter(|&n| n <= rest.len());
+        let (these, others) = rest.split_at(n.ok_or_else(|| damaged(path, "more packed examples than lengths"))?);
+        segments.push(these.to_vec());
+        rest = others;
+    }
+    if rest.is_empty() { Ok(segments) } else { Err(damaged(path, "packed examples that belong to no sequence")) }
 }
 
 fn column(file: &TensorFile, name: &str, dtype: Dtype) -> Result<Vec<u8>> {

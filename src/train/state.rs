@@ -16,7 +16,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
+use super::fingerprint::hex;
 use super::lock::Hold;
 use super::{TrainConfig, exact_json, fingerprint_dir};
 use crate::data::Dataset;
@@ -149,8 +151,42 @@ impl RunRecord {
                 .found(if run_dir_exists(&path) { "a directory without one" } else { "no such directory" })
                 .next("check the path; `Run::create` makes a new run"));
         }
-        read_versioned(&path)
+        let text = files::read_to_string(&path)?;
+        let record = parse_versioned(&path, &text)?;
+        check_sum(&path, &text)?;
+        Ok(record)
     }
+}
+
+/// What the line of `run.json` begins with that holds the SHA-256 of all its other lines: a bit that flips in a learning
+/// rate would train another model.
+const SUM: &str = "  \"sha256\": \"";
+
+/// Puts the checksum's line behind the first.
+fn with_sum(text: &str) -> String {
+    match text.split_once('\n') {
+        Some((first, rest)) => format!("{first}\n{SUM}{}\",\n{rest}", sha256_hex(text.as_bytes())),
+        None => text.to_owned(),
+    }
+}
+
+fn sha256_hex(bytes: &[u8]) -> String {
+    hex(Sha256::new_with_prefix(bytes))
+}
+
+fn check_sum(path: &Path, text: &str) -> Result<()> {
+    let lines = text.split_inclusive('\n');
+    let (sums, rest): (Vec<&str>, Vec<&str>) = lines.partition(|line| line.starts_with(SUM));
+    let found = sha256_hex(rest.concat().as_bytes());
+    let said = sums.first().map(|line| line.trim_start_matches(SUM).trim_end().trim_end_matches("\","));
+    if said == Some(found.as_str()) {
+        return Ok(());
+    }
+    Err(Error::new("the record of this run is damaged or was edited")
+        .at_path(path)
+        .expected(format!("SHA-256 {}", said.unwrap_or("in the second line")))
+        .found(format!("SHA-256 {found}"))
+        .next("put a copy in its place, or start a new run: a run cannot change what it was asked"))
 }
 
 fn run_dir_exists(path: &Path) -> bool {
@@ -224,7 +260,8 @@ impl RunDir {
     /// Input or output errors; the run opened again elsewhere.
     pub fn commit(&self, record: &RunRecord) -> Result<()> {
         self.check()?;
-        write_json(&self.path.join("run.json"), record)
+        let path = self.path.join("run.json");
+        files::write_atomic_bytes(&path, with_sum(&json_text(&path, record)?).as_bytes())
     }
 
     /// Opens a run for writing, and its record. An older opening in this process no longer writes.
@@ -261,11 +298,6 @@ impl RunDir {
     }
 }
 
-/// Writes a value as indented JSON, whole or not at all.
-pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    files::write_atomic_bytes(path, json_text(path, value)?.as_bytes())
-}
-
 pub(super) fn json_text(path: &Path, value: &impl Serialize) -> Result<String> {
     let text = serde_json::to_string_pretty(value);
     text.map(|t| t + "\n").map_err(|e| Error::new("could not write JSON").at_path(path).caused_by(e))
@@ -273,7 +305,11 @@ pub(super) fn json_text(path: &Path, value: &impl Serialize) -> Result<String> {
 
 /// Reads a JSON file that has a `format_version`, refusing other versions before anything else in it is looked at.
 pub(super) fn read_versioned<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let value = exact_json::value(&files::read_to_string(path)?).map_err(|e| e.at_path(path))?;
+    parse_versioned(path, &files::read_to_string(path)?)
+}
+
+fn parse_versioned<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
+    let value = exact_json::value(text).map_err(|e| e.at_path(path))?;
     match value.get("format_version").and_then(Value::as_u64) {
         Some(version) if version == u64::from(RUN_FORMAT_VERSION) => {}
         version => {

@@ -22,7 +22,7 @@ use crate::support::golden;
 
 const N: usize = 5000;
 
-fn record() -> RunRecord {
+pub fn record() -> RunRecord {
     let spec = ModelSpec::from_dir(golden("tiny/tiny-mistral/base")).unwrap();
     let base = BaseRecord { dir: "models/tiny".into(), fingerprint: "ab".into() };
     let dataset = DatasetRecord { fingerprint: "cd".into(), examples: 3 };
@@ -30,7 +30,7 @@ fn record() -> RunRecord {
     RunRecord::new(spec, json!({"r": 8, "lora_alpha": 16.1}), train, json!({"max_seq_len": 48}), base, dataset)
 }
 
-fn new_run(at: &Path) -> RunDir {
+pub fn new_run(at: &Path) -> RunDir {
     let run = RunDir::create(at).unwrap();
     run.commit(&record()).unwrap();
     run
@@ -46,7 +46,7 @@ fn state(step: u64) -> TrainState {
 }
 
 /// Saves a checkpoint whose every byte depends on the step.
-fn save(run: &RunDir, step: u64, limit: Option<usize>) -> tunebook::Result<CheckpointDir> {
+pub fn save(run: &RunDir, step: u64, limit: Option<usize>) -> tunebook::Result<CheckpointDir> {
     let exp_avg: Vec<f32> = (0..N).map(|i| (step * 7919 + i as u64) as f32 / 3.0).collect();
     let codes: Vec<u8> = (0..N).map(|i| (step + i as u64) as u8).collect();
     let tensors = [TensorSlice::f32("exp_avg", &[5, N / 5], &exp_avg), TensorSlice::u8("state1", &[N], &codes)];
@@ -57,7 +57,7 @@ fn save(run: &RunDir, step: u64, limit: Option<usize>) -> tunebook::Result<Check
 }
 
 /// The step of a checkpoint of which everything is as `save` wrote it.
-fn check(c: &CheckpointDir) -> u64 {
+pub fn check(c: &CheckpointDir) -> u64 {
     c.verify().unwrap();
     let step = c.step();
     assert_eq!(c.state().unwrap(), state(step));
@@ -73,7 +73,7 @@ fn check(c: &CheckpointDir) -> u64 {
     step
 }
 
-fn listing(dir: &Path) -> Vec<String> {
+pub fn listing(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();

@@ -66,7 +66,7 @@ pub fn child_dir() -> std::path::PathBuf {
 
 const STEPS: u64 = 40;
 
-fn dataset() -> Dataset {
+pub fn dataset() -> Dataset {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let example = |_| {
         let length = rng.random_range(8..40);

@@ -16,6 +16,10 @@ use crate::{Error, Result};
 /// Stand around the text of a `{% generation %}` block until it is rendered: two code points that Unicode keeps out of texts.
 const MARKS: (char, char) = ('\u{FDD0}', '\u{FDD1}');
 
+/// What one rendering may use up: about so many instructions, or 64 bytes of text for each (640 MB). The longest conversations
+/// with the most involved templates take a thousandth of it; a template that never ends is stopped within seconds. What is not
+/// counted: lists that a template doubles with `+` again and again, which minijinja 3.1 joins lazily and then walks through.
+const FUEL: u64 = 10_000_000;
 /// `{% generation %}` and `{% endgeneration %}`, with their whitespace control.
 static GENERATION: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
@@ -32,6 +36,7 @@ pub fn environment(source: &str) -> Result<Environment<'static>> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.map_err(|e| failed(&e))?);
     env.set_undefined_behavior(UndefinedBehavior::Lenient);
+    env.set_fuel(Some(FUEL));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
@@ -108,6 +113,11 @@ fn failed(e: &minijinja::Error) -> Error {
         source = error.source();
     }
     let error = Error::new("the chat template failed").found(e.to_string());
+    let error = match e.kind() {
+        ErrorKind::OutOfFuel => error.next("the template does not end, or makes far too much text: use another one"),
+        ErrorKind::TemplateNotFound => error.next("a chat template cannot use other files: put their text into it"),
+        _ => error,
+    };
     match e.line() {
         Some(line) => error.at(format!("chat template, line {line}")),
         None => error,

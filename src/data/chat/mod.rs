@@ -114,10 +114,33 @@ impl ChatTemplate {
     /// A tokenizer without one (a base model, usually), or a template that is not Jinja.
     pub fn from_tokenizer(tokenizer: &Tokenizer) -> Result<Self> {
         let source = tokenizer.chat_template_source().ok_or_else(|| {
+            let names: Vec<&str> = tokenizer.chat_templates().iter().map(|(n, _)| n.as_str()).collect();
+            if !names.is_empty() {
+                return Error::new("none of the tokenizer's chat templates is the default")
+                    .expected("a template named `default`")
+                    .found(names.join(", "))
+                    .next("choose one: ChatTemplate::named(&tokenizer, name)");
+            }
             Error::new("the tokenizer has no chat template")
                 .expected("`chat_template` in tokenizer_config.json, or chat_template.jinja")
                 .next("base models have none: use an instruction template, or ChatTemplate::new with a source")
         })?;
+        ChatTemplate::new(source, tokenizer.bos_token(), tokenizer.eos_token())
+    }
+
+    /// One of the named chat templates that came with a tokenizer, such as `tool_use`.
+    ///
+    /// # Errors
+    /// A name that is not there, with those that are; a template that is not Jinja.
+    pub fn named(tokenizer: &Tokenizer, name: &str) -> Result<Self> {
+        let templates = tokenizer.chat_templates();
+        let Some((_, source)) = templates.iter().find(|(n, _)| n == name) else {
+            let names: Vec<&str> = templates.iter().map(|(n, _)| n.as_str()).collect();
+            return Err(Error::new("the tokenizer has no chat template of this name")
+                .at("chat_template")
+                .expected(format!("one of: {}", if names.is_empty() { "none".into() } else { names.join(", ") }))
+                .found(format!("`{name}`")));
+        };
         ChatTemplate::new(source, tokenizer.bos_token(), tokenizer.eos_token())
     }
 
@@ -152,11 +175,23 @@ impl ChatTemplate {
     /// As [`render`](Self::render), and a template that renders a message differently when others follow, so that
     /// turns cannot be found.
     pub fn render_with_assistant(&self, messages: &[Value]) -> Result<RenderedChat> {
+        self.render_with_roles(messages, &["assistant"])
+    }
+
+    /// As [`render_with_assistant`](Self::render_with_assistant), with the turns of `roles` in the place of the
+    /// assistant's. The turns of the others begin with their text: what the template puts before it is not theirs.
+    ///
+    /// # Errors
+    /// As there; no role at all.
+    pub fn render_with_roles(&self, messages: &[Value], roles: &[&str]) -> Result<RenderedChat> {
+        if roles.is_empty() {
+            return Err(Error::new("there is no role to train on").expected("at least one, such as `assistant`"));
+        }
         let rendered = self.render_marked(messages, &ChatOptions::default())?;
-        if jinja::has_generation_marks(&self.parts.source) {
+        if roles == ["assistant"] && jinja::has_generation_marks(&self.parts.source) {
             return Ok(rendered);
         }
-        spans::find(self, messages, rendered.text)
+        spans::find(self, messages, rendered.text, roles)
     }
 
     /// Renders once; `assistant` holds the ranges of `{% generation %}`.

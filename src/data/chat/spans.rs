@@ -10,11 +10,11 @@ use crate::{Error, Result};
 /// A code point that Unicode keeps out of texts.
 const EOS_MARK: &str = "\u{FDD2}";
 
-/// The assistant's turns in `text`, the rendering of all `messages`.
-pub fn find(template: &ChatTemplate, messages: &[Value], text: String) -> Result<RenderedChat> {
+/// The turns of `roles` in `text`, the rendering of all `messages`.
+pub fn find(template: &ChatTemplate, messages: &[Value], text: String, roles: &[&str]) -> Result<RenderedChat> {
     let mut assistant: Vec<Range<usize>> = vec![];
     for (i, message) in messages.iter().enumerate() {
-        if message.get("role").and_then(Value::as_str) != Some("assistant") {
+        if !roles.contains(&role(message)) {
             continue;
         }
         let after = assistant.last().map_or(0, |r| r.end);
@@ -31,6 +31,10 @@ pub fn find(template: &ChatTemplate, messages: &[Value], text: String) -> Result
 fn start_of_turn(template: &ChatTemplate, messages: &[Value], i: usize, text: &str) -> Result<usize> {
     if i == 0 {
         return start_of_content(messages, i, text, 0);
+    }
+    if role(&messages[i]) != "assistant" {
+        let before = template.render(&messages[..i], &ChatOptions::default())?;
+        return start_of_content(messages, i, text, common_prefix(&before, text));
     }
     let prompt = template.render(&messages[..i], &ChatOptions::prompt())?;
     if text.starts_with(&prompt) {
@@ -70,6 +74,10 @@ fn end_of_turn(template: &ChatTemplate, messages: &[Value], i: usize, text: &str
     } else {
         Err(cannot_find(i, "it is rendered differently when messages follow"))
     }
+}
+
+fn role(message: &Value) -> &str {
+    message.get("role").and_then(Value::as_str).unwrap_or_default()
 }
 
 fn content(message: &Value) -> &str {

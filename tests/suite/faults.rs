@@ -1,0 +1,252 @@
+//! A process that is stopped at, or refused, each single change that it makes to the disk; and bits that flip there.
+//!
+//! The real program runs, unchanged, in a child whose system calls the parent sees (`ptrace`). Calls that change files are
+//! counted; at the chosen one the child is killed, or the call fails with EIO or ENOSPC.
+
+#[path = "faults/trace.rs"]
+mod trace;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+use tunebook::train::{
+    CheckpointDir, RunDir, RunRecord, clean_leftovers, load_dataset, save_dataset, scan_checkpoints,
+};
+
+use crate::checkpoint::{check, listing, new_run, save};
+use crate::kill_resume::child_dir;
+use trace::{End, Fault, run_with_fault};
+
+/// More changes than a checkpoint makes.
+const MANY: usize = 400;
+
+/// Runs the child with the fault at change 0, 1, 2 and so on, each time on a fresh copy of `prepare`'s directory, until it ends
+/// without having met it. The number of changes; `None` where processes may not be traced.
+fn at_every_change(
+    test: &str,
+    fault: Fault,
+    prepare: &dyn Fn(&Path),
+    then: &mut dyn FnMut(usize, &Path, &End),
+) -> Option<usize> {
+    for n in 0..MANY {
+        let tmp = TempDir::new().unwrap();
+        prepare(tmp.path());
+        let Some(end) = run_with_fault(test, tmp.path(), n, fault) else {
+            eprintln!("skipped: this process may not trace another one");
+            return None;
+        };
+        if !end.met {
+            assert_eq!(end.code, Some(0), "{}", end.text);
+            return Some(n);
+        }
+        then(n, tmp.path(), &end);
+    }
+    panic!("the child makes more than {MANY} changes");
+}
+
+#[test]
+#[ignore = "a child of a_checkpoint_is_whole_or_absent_wherever_its_writer_is_stopped"]
+fn child_saves() {
+    let (run, _) = RunDir::open(child_dir().join("run")).unwrap();
+    trace::begin();
+    match save(&run, 2, Some(1)) {
+        Ok(c) => assert_eq!(c.step(), 2),
+        Err(e) => {
+            println!("said: {e}");
+            trace::exit(7);
+        }
+    }
+    trace::exit(0);
+}
+
+fn run_with_one_checkpoint(dir: &Path) {
+    let run = new_run(&dir.join("run"));
+    save(&run, 1, None).unwrap();
+}
+
+/// The newest checkpoint's step; none may be damaged.
+fn newest(run: &Path, place: &str) -> u64 {
+    let scan = scan_checkpoints(run).unwrap();
+    assert!(scan.damaged.is_empty(), "{place}: {:?}", scan.damaged);
+    scan.newest.as_ref().map_or(0, check)
+}
+
+#[test]
+fn a_checkpoint_is_whole_or_absent_wherever_its_writer_is_stopped() {
+    let mut steps = vec![];
+    let then = &mut |n: usize, dir: &Path, _: &End| {
+        let run = dir.join("run");
+        steps.push(newest(&run, &format!("stopped at change {n}")));
+        // The next process cleans up, and writes it whole.
+        let (open, _) = RunDir::open(&run).unwrap();
+        clean_leftovers(&open).unwrap();
+        save(&open, 2, Some(1)).unwrap();
+        assert_eq!(newest(&run, "after"), 2);
+        assert_eq!(listing(&open.checkpoints()), ["step-2"], "stopped at change {n}");
+    };
+    let Some(changes) = at_every_change("faults::child_saves", Fault::Kill, &run_with_one_checkpoint, then) else {
+        return;
+    };
+    println!("{changes} changes");
+    assert!(changes > 20 && steps.is_sorted() && steps[0] == 1 && steps.last() == Some(&2), "{steps:?}");
+}
+
+#[test]
+fn a_checkpoint_that_meets_an_error_says_so_and_harms_nothing() {
+    for (fault, said) in [(Fault::Error(libc::ENOSPC), "space"), (Fault::Error(libc::EIO), "disk")] {
+        let (mut refused, mut survived) = (0, 0);
+        let then = &mut |n: usize, dir: &Path, end: &End| {
+            let run = dir.join("run");
+            let step = newest(&run, &format!("{fault:?} at change {n}"));
+            match end.code {
+                Some(7) => {
+                    refused += 1;
+                    assert!(end.text.contains("said: ") && end.text.contains(said), "change {n}: {}", end.text);
+                    assert!(step >= 1, "change {n}");
+                }
+                // A change that nothing depends on, such as the removal of what was replaced.
+                Some(0) => {
+                    survived += 1;
+                    assert_eq!(step, 2, "change {n}");
+                }
+                other => panic!("change {n}: {other:?} {}", end.text),
+            }
+            let (open, _) = RunDir::open(&run).unwrap();
+            clean_leftovers(&open).unwrap();
+            save(&open, 3, Some(1)).unwrap();
+            assert_eq!(newest(&run, "after"), 3);
+        };
+        if at_every_change("faults::child_saves", fault, &run_with_one_checkpoint, then).is_none() {
+            return;
+        }
+        println!("{fault:?}: {refused} refused, {survived} survived");
+        assert!(refused > 15 && refused > survived);
+    }
+}
+
+#[test]
+#[ignore = "a child of a_run_exists_whole_or_not_at_all"]
+fn child_creates() {
+    let dir = child_dir();
+    trace::begin();
+    let run = RunDir::create(dir.join("run")).unwrap();
+    save_dataset(run.dataset(), &crate::kill_resume::dataset()).unwrap();
+    run.commit(&crate::checkpoint::record()).unwrap();
+    trace::exit(0);
+}
+
+#[test]
+fn a_run_exists_whole_or_not_at_all() {
+    let mut existed = vec![];
+    let then = &mut |n: usize, dir: &Path, _: &End| {
+        let run = dir.join("run");
+        let exists = RunRecord::read(&run).is_ok();
+        existed.push(exists);
+        if exists {
+            load_dataset(run.join("dataset.safetensors")).unwrap();
+        } else {
+            RunDir::create(&run).unwrap_or_else(|e| panic!("stopped at change {n}: {e}"));
+        }
+    };
+    let Some(changes) = at_every_change("faults::child_creates", Fault::Kill, &|_| {}, then) else { return };
+    assert!(changes > 8 && existed.is_sorted() && !existed[0] && existed.last() == Some(&true), "{existed:?}");
+}
+
+#[test]
+fn no_flipped_bit_of_a_checkpoint_goes_unnoticed() {
+    let tmp = TempDir::new().unwrap();
+    let run = new_run(&tmp.path().join("run"));
+    save(&run, 1, None).unwrap();
+    save(&run, 2, None).unwrap();
+    let dir = run.checkpoints().join("step-2");
+    let (mut flips, mut files) = (0, 0);
+    for name in listing(&dir) {
+        let path = dir.join(&name);
+        let whole = fs::read(&path).unwrap();
+        files += 1;
+        // Every byte of small files, and spread over large ones: header, middle, end.
+        for at in (0..whole.len()).step_by(whole.len() / 150 + 1).chain([whole.len() - 1]) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << (at % 8);
+            fs::write(&path, bytes).unwrap();
+            let scan = scan_checkpoints(run.path()).unwrap();
+            assert_eq!(scan.newest.as_ref().map(CheckpointDir::step), Some(1), "{name}, bit {} of byte {at}", at % 8);
+            assert!(scan.damaged[0].path == dir, "{name}, byte {at}");
+            flips += 1;
+        }
+        fs::write(&path, whole).unwrap();
+        assert_eq!(newest(run.path(), &name), 2);
+    }
+    println!("{flips} flips in {files} files");
+    assert!(files == 5 && flips > 500);
+}
+
+#[test]
+fn no_flipped_bit_of_a_runs_record_or_data_goes_unnoticed() {
+    let tmp = TempDir::new().unwrap();
+    let run = new_run(&tmp.path().join("run"));
+    let path = run.path().join("run.json");
+    let whole = fs::read(&path).unwrap();
+    let record = RunRecord::read(run.path()).unwrap();
+    for at in 0..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(&path, bytes).unwrap();
+        assert!(RunRecord::read(run.path()).is_err(), "bit {} of byte {at}", at % 8);
+    }
+    fs::write(&path, &whole).unwrap();
+    assert_eq!(RunRecord::read(run.path()).unwrap(), record);
+    // The data set is known by its fingerprint, which the record holds.
+    let data = crate::kill_resume::dataset();
+    save_dataset(run.dataset(), &data).unwrap();
+    let whole = fs::read(run.dataset()).unwrap();
+    for at in (0..whole.len()).step_by(13) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(run.dataset(), bytes).unwrap();
+        let same = load_dataset(run.dataset()).is_ok_and(|d| d.fingerprint() == data.fingerprint());
+        // A space of the header's padding that turned into a tab is still white.
+        assert!(!same || whole[at] == b' ', "bit {} of byte {at}", at % 8);
+    }
+}
+
+/// A directory on a file system that is mounted read-only, in a mount namespace of the child's own.
+#[test]
+#[ignore = "a child of a_read_only_disk_is_named"]
+fn child_reads_only() {
+    let dir = child_dir();
+    let disk = std::ffi::CString::new(dir.join("disk").into_os_string().into_encoded_bytes()).unwrap();
+    let none = c"none".as_ptr();
+    // SAFETY: NUL-terminated strings that live through the calls; the namespace ends with this process.
+    let mount = |source, target, flags| unsafe { libc::mount(source, target, c"".as_ptr(), flags, std::ptr::null()) };
+    // SAFETY: changes this process only.
+    let mounted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0
+        && mount(none, c"/".as_ptr(), libc::MS_REC | libc::MS_PRIVATE) == 0
+        && mount(disk.as_ptr(), disk.as_ptr(), libc::MS_BIND) == 0
+        && mount(none, disk.as_ptr(), libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY) == 0;
+    if !mounted {
+        std::process::exit(9);
+    }
+    let run: PathBuf = dir.join("disk/run");
+    // It can be looked at, and not written.
+    assert_eq!(newest(&run, "read-only"), 1);
+    RunRecord::read(&run).unwrap();
+    let e = RunDir::open(&run).unwrap_err().to_string();
+    assert!(e.contains("can be written") && e.contains("disk/run"), "{e}");
+    let e = RunDir::create(dir.join("disk/other")).unwrap_err().to_string();
+    assert!(e.contains("can be written") && e.contains("disk/other"), "{e}");
+}
+
+#[test]
+fn a_read_only_disk_is_named() {
+    let tmp = TempDir::new().unwrap();
+    fs::create_dir(tmp.path().join("disk")).unwrap();
+    run_with_one_checkpoint(&tmp.path().join("disk"));
+    let (status, text) = crate::kill_resume::run_child("faults::child_reads_only", tmp.path(), &[]);
+    if status.code() == Some(9) {
+        eprintln!("skipped: this process may not mount a disk");
+        return;
+    }
+    assert!(status.success(), "{text}");
+}
