@@ -1,0 +1,136 @@
+//! What rust-analyzer is told about dependencies: only those whose types a cell can see. It loads what it is told of, and
+//! its share of a first `let` is seconds with all packages, one with these; rustc knows them all either way.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::toolchain::Toolchain;
+
+/// Packages whose types appear in the library's public functions, with what these are made of.
+const SEEN: [&str; 8] = ["tunebook", "candle-core", "candle-nn", "half", "polars", "polars-core", "serde_json", "toml"];
+
+/// `cargo metadata` of the crate in `dir`.
+///
+/// # Errors
+/// cargo's own.
+pub fn ask(toolchain: &Toolchain, dir: &Path) -> Result<Value, String> {
+    let mut command = toolchain.cargo_command();
+    command.current_dir(dir).args(["metadata", "--format-version", "1", "--filter-platform", &toolchain.host]);
+    let output = command.output().map_err(|e| format!("{}: {e}", toolchain.cargo.display()))?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    serde_json::from_slice(&output.stdout).map_err(|e| format!("cargo metadata: {e}"))
+}
+
+/// The answer for rust-analyzer: the crate `ctx`, the packages of [`SEEN`], and the dependencies named in `own` with all that
+/// they depend on. The library's sources are read from `source`.
+pub fn for_analysis(full: &Value, source: &Path, repository: &Path, own: &[String]) -> Value {
+    let empty = Vec::new();
+    let packages = full["packages"].as_array().unwrap_or(&empty);
+    let nodes = full["resolve"]["nodes"].as_array().unwrap_or(&empty);
+    let root = full["workspace_members"][0].as_str().unwrap_or_default();
+
+    let mut keep: HashSet<&str> = HashSet::from([root]);
+    for p in packages {
+        let library = p["name"] != "tunebook" || p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository));
+        if SEEN.iter().any(|s| p["name"] == *s) && library {
+            keep.extend(p["id"].as_str());
+        }
+    }
+    let dependencies = |id: &str| {
+        let node = nodes.iter().find(|n| n["id"] == id);
+        node.and_then(|n| n["deps"].as_array()).unwrap_or(&empty).iter()
+    };
+    let mut todo: Vec<&str> = dependencies(root)
+        .filter(|d| own.iter().any(|o| d["name"] == o.replace('-', "_").as_str() || package(packages, &d["pkg"]) == o))
+        .filter_map(|d| d["pkg"].as_str())
+        .collect();
+    while let Some(id) = todo.pop() {
+        if keep.insert(id) {
+            todo.extend(dependencies(id).filter_map(|d| d["pkg"].as_str()));
+        }
+    }
+
+    let mut out = full.clone();
+    if let Some(all) = out["packages"].as_array_mut() {
+        all.retain(|p| p["id"].as_str().is_some_and(|id| keep.contains(id)));
+        for p in all.iter_mut() {
+            if p["name"] == "tunebook" && p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository)) {
+                move_library(p, repository, source);
+            }
+        }
+    }
+    if let Some(all) = out["resolve"]["nodes"].as_array_mut() {
+        all.retain(|n| n["id"].as_str().is_some_and(|id| keep.contains(id)));
+        for n in all.iter_mut() {
+            if let Some(deps) = n["deps"].as_array_mut() {
+                deps.retain(|d| d["pkg"].as_str().is_some_and(|id| keep.contains(id)));
+            }
+            if let Some(deps) = n["dependencies"].as_array_mut() {
+                deps.retain(|d| d.as_str().is_some_and(|id| keep.contains(id)));
+            }
+        }
+    }
+    out
+}
+
+fn package<'a>(packages: &'a [Value], id: &Value) -> &'a str {
+    packages.iter().find(|p| p["id"] == *id).and_then(|p| p["name"].as_str()).unwrap_or_default()
+}
+
+/// The library alone, without its programs and tests, read from another place.
+fn move_library(package: &mut Value, repository: &Path, source: &Path) {
+    package["manifest_path"] = json!(source.join("Cargo.toml"));
+    if let Some(targets) = package["targets"].as_array_mut() {
+        targets.retain(|t| t["kind"].as_array().is_some_and(|k| k.iter().any(|k| k == "lib" || k == "rlib")));
+        for t in targets {
+            let path = t["src_path"].as_str().map(Path::new).and_then(|p| p.strip_prefix(repository).ok());
+            if let Some(path) = path {
+                t["src_path"] = json!(source.join(path));
+            }
+        }
+    }
+}
+
+/// The same answer for the crate that evcxr writes in `context`.
+pub fn at(mut metadata: Value, context: &Path) -> Value {
+    let root = metadata["workspace_members"][0].clone();
+    if let Some(p) = metadata["packages"].as_array_mut().and_then(|all| all.iter_mut().find(|p| p["id"] == root)) {
+        p["manifest_path"] = json!(context.join("Cargo.toml"));
+        p["targets"][0]["src_path"] = json!(context.join("src/lib.rs"));
+    }
+    metadata["workspace_root"] = json!(context);
+    metadata["target_directory"] = json!(context.join("target"));
+    metadata
+}
+
+/// The standard library's packages that are worth reading; its own dependencies are not.
+pub fn of_sysroot(mut full: Value) -> Value {
+    const KEEP: [&str; 3] = ["core", "alloc", "std"];
+    let ids: HashSet<String> = full["packages"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|p| KEEP.iter().any(|k| p["name"] == *k))
+        .filter_map(|p| p["id"].as_str().map(str::to_owned))
+        .collect();
+    let kept = |v: &Value| v.as_str().is_some_and(|id| ids.contains(id));
+    let retain = |list: &mut Value, of: &dyn Fn(&Value) -> bool| {
+        if let Some(list) = list.as_array_mut() {
+            list.retain(|v| of(v));
+        }
+    };
+    retain(&mut full["packages"], &|p| kept(&p["id"]));
+    for name in ["workspace_members", "workspace_default_members"] {
+        retain(&mut full[name], &kept);
+    }
+    retain(&mut full["resolve"]["nodes"], &|n| kept(&n["id"]));
+    for node in full["resolve"]["nodes"].as_array_mut().into_iter().flatten() {
+        retain(&mut node["deps"], &|d| kept(&d["pkg"]));
+        retain(&mut node["dependencies"], &kept);
+    }
+    full
+}
