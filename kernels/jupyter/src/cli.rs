@@ -39,6 +39,8 @@ enum Asked {
     Kernel(PathBuf, Option<PathBuf>),
     /// By `run --stock`.
     Stock(PathBuf, Option<PathBuf>),
+    /// By tests: cells on standard input, as evcxr's REPL shows them.
+    StockRepl,
 }
 
 /// Does what the command line says.
@@ -78,6 +80,7 @@ fn answer(asked: Asked) -> Result<bool, String> {
             layout.target = target.unwrap_or(layout.target);
             return stock::run(&layout, &file);
         }
+        Asked::StockRepl => return stock::repl(&layout),
     }
     Ok(true)
 }
@@ -104,6 +107,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, lexopt::Error> {
         "uninstall" => place(parser).map(Asked::Uninstall),
         "run" => options(parser).map(Asked::Run),
         "doctor" => nothing_more(parser).map(|()| Asked::Doctor),
+        "stock-repl" => nothing_more(parser).map(|()| Asked::StockRepl),
         "help" => Ok(Asked::Help),
         "kernel" => connection(parser).map(|(file, target)| Asked::Kernel(file, target)),
         "stock" => connection(parser).map(|(file, target)| Asked::Stock(file, target)),

@@ -105,6 +105,7 @@ impl Link {
         let dir = tempfile::Builder::new().prefix("tunebook-kernel-").tempdir()?;
         let socket = dir.path().join("link");
         let listener = UnixListener::bind(&socket)?;
+        std::fs::write(session.join(SOCKET), socket.as_os_str().as_encoded_bytes())?;
         let link = Arc::new(Link {
             socket,
             _dir: dir,
@@ -312,6 +313,7 @@ impl Link {
                         self.publisher.stream(name, &decoder.finish());
                         held = self.display(number);
                     }
+                    Event::Marker(line) if which == 1 => self.publisher.stream(name, &format!("{line}\n")),
                     Event::Marker(line) => {
                         let mut state = self.lock();
                         if line == "EVCXR_PANIC_NOTIFICATION" {
@@ -430,6 +432,8 @@ impl Link {
 /// The file in a workspace that tells the stand-in for cargo to stop; its other file says which process group compiles.
 pub const STOP: &str = "stop";
 pub const COMPILING: &str = "compiling";
+/// The file with the path of the kernel's socket.
+pub const SOCKET: &str = "socket";
 
 fn stop_compiler(session: &Path) {
     let group = std::fs::read_to_string(session.join(COMPILING)).ok().and_then(|t| t.trim().parse::<i32>().ok());

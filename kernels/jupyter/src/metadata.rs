@@ -107,30 +107,69 @@ pub fn at(mut metadata: Value, context: &Path) -> Value {
     metadata
 }
 
-/// The standard library's packages that are worth reading; its own dependencies are not.
-pub fn of_sysroot(mut full: Value) -> Value {
-    const KEEP: [&str; 3] = ["core", "alloc", "std"];
-    let ids: HashSet<String> = full["packages"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|p| KEEP.iter().any(|k| p["name"] == *k))
-        .filter_map(|p| p["id"].as_str().map(str::to_owned))
+/// The standard library as far as types of variables need it: three packages that know each other. What these are made of in
+/// turn would be read for nothing.
+pub fn of_sysroot(mut full: Value, no_deps: bool) -> Value {
+    const KEEP: [(&str, &[&str]); 3] = [("core", &[]), ("alloc", &["core"]), ("std", &["core", "alloc"])];
+    let packages = full["packages"].as_array().cloned().unwrap_or_default();
+    let id = |name: &str| packages.iter().find(|p| p["name"] == name).map(|p| p["id"].clone());
+    let nodes: Vec<Value> = KEEP
+        .iter()
+        .filter_map(|(name, deps)| {
+            let deps: Vec<(&str, Value)> = deps.iter().filter_map(|d| Some((*d, id(d)?))).collect();
+            let edges = deps.iter().map(|(name, pkg)| json!({
+                "name": name, "pkg": pkg, "dep_kinds": [{"kind": null, "target": null}],
+            }));
+            Some(json!({
+                "id": id(name)?, "features": [], "deps": edges.collect::<Vec<_>>(),
+                "dependencies": deps.iter().map(|(_, pkg)| pkg).collect::<Vec<_>>(),
+            }))
+        })
         .collect();
-    let kept = |v: &Value| v.as_str().is_some_and(|id| ids.contains(id));
-    let retain = |list: &mut Value, of: &dyn Fn(&Value) -> bool| {
-        if let Some(list) = list.as_array_mut() {
-            list.retain(|v| of(v));
-        }
-    };
-    retain(&mut full["packages"], &|p| kept(&p["id"]));
-    for name in ["workspace_members", "workspace_default_members"] {
-        retain(&mut full[name], &kept);
-    }
-    retain(&mut full["resolve"]["nodes"], &|n| kept(&n["id"]));
-    for node in full["resolve"]["nodes"].as_array_mut().into_iter().flatten() {
-        retain(&mut node["deps"], &|d| kept(&d["pkg"]));
-        retain(&mut node["dependencies"], &kept);
-    }
+    let ids: Vec<Value> = nodes.iter().map(|n| n["id"].clone()).collect();
+    full["packages"] = packages.into_iter().filter(|p| ids.contains(&p["id"])).collect();
+    full["workspace_members"] = json!(ids);
+    full["workspace_default_members"] = json!(ids);
+    full["resolve"] = if no_deps { Value::Null } else { json!({"nodes": nodes, "root": null}) };
     full
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_standard_library_is_three_packages() {
+        let package = |name: &str| json!({"name": name, "id": format!("id of {name}")});
+        let full = json!({"packages": [package("std"), package("test"), package("core"), package("alloc")]});
+        let out = of_sysroot(full.clone(), false);
+        let names: Vec<&str> = out["packages"].as_array().unwrap().iter().filter_map(|p| p["name"].as_str()).collect();
+        assert_eq!(names, ["std", "core", "alloc"]);
+        assert_eq!(out["resolve"]["nodes"][2]["deps"][1]["pkg"], "id of alloc");
+        assert!(of_sysroot(full, true)["resolve"].is_null());
+    }
+
+    #[test]
+    fn analysis_sees_what_cells_can_see() {
+        let package = |name: &str, path: &str| json!({
+            "name": name, "id": name, "manifest_path": path,
+            "targets": [{"kind": ["lib"], "src_path": "/repo/src/lib.rs"}, {"kind": ["bin"], "src_path": "/repo/src/bin.rs"}],
+        });
+        let node = |id: &str, deps: &[&str]| json!({
+            "id": id, "dependencies": deps,
+            "deps": deps.iter().map(|d| json!({"name": d, "pkg": d})).collect::<Vec<_>>(),
+        });
+        let full = json!({
+            "workspace_members": ["ctx"],
+            "packages": [package("ctx", "/s/Cargo.toml"), package("tunebook", "/repo/Cargo.toml"), package("half", "/r/h"),
+                package("rayon", "/r/r"), package("regex", "/r/x"), package("memchr", "/r/m")],
+            "resolve": {"nodes": [node("ctx", &["tunebook", "regex"]), node("tunebook", &["half", "rayon"]),
+                node("regex", &["memchr"])]},
+        });
+        let out = for_analysis(&full, Path::new("/t/source"), Path::new("/repo"), &["regex".into()]);
+        let names: Vec<&str> = out["packages"].as_array().unwrap().iter().filter_map(|p| p["name"].as_str()).collect();
+        assert_eq!(names, ["ctx", "tunebook", "half", "regex", "memchr"]);
+        assert_eq!(out["packages"][1]["targets"], json!([{"kind": ["lib"], "src_path": "/t/source/src/lib.rs"}]));
+        assert_eq!(out["resolve"]["nodes"][1]["dependencies"], json!(["half"]));
+    }
 }

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::template::{self, Layout, Template};
-use crate::{env, link, metadata, source, workspace};
+use crate::toolchain::FLAGS;
+use crate::{env, link, metadata, source};
 
 /// The file in a workspace that says that values are shown by evcxr's own means.
 pub const PLAIN: &str = "plain";
@@ -158,23 +159,14 @@ impl Session {
         }
         let toolchain = &self.template.toolchain;
         let mut command = toolchain.cargo_command();
-        command.args(["metadata", "--format-version", "1", "--locked", "--offline", "--manifest-path"]).arg(manifest);
-        command.args(["--filter-platform", &toolchain.host]);
+        // Without its dependencies, which are not on this machine and need not be.
+        command.args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--manifest-path"]).arg(manifest);
         // The manifests of the standard library use unstable features.
         command.env("__CARGO_TEST_CHANNEL_OVERRIDE_DO_NOT_USE_THIS", "nightly").env("RUSTC_BOOTSTRAP", "1");
-        if no_deps {
-            command.arg("--no-deps");
-        }
         let output = command.output().map_err(|e| e.to_string())?;
-        let full: Value = match serde_json::from_slice(&output.stdout) {
-            Ok(v) if output.status.success() => v,
-            // Its own dependencies are not on this machine and need not be.
-            _ => {
-                let output = command.arg("--no-deps").output().map_err(|e| e.to_string())?;
-                serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())?
-            }
-        };
-        let answer = metadata::of_sysroot(full);
+        let full: Value = serde_json::from_slice(&output.stdout)
+            .map_err(|e| format!("{e}: {}", String::from_utf8_lossy(&output.stderr)))?;
+        let answer = metadata::of_sysroot(full, no_deps);
         let _ = fs::write(self.template.dir.join(name), answer.to_string());
         Ok(answer)
     }
@@ -238,7 +230,9 @@ impl Session {
 
         let mut rustc = template_command(&self.template.toolchain.rustc);
         rustc.current_dir(&context).args(["--crate-name", "ctx", "--edition=2024", "cell/lib.rs"]);
-        rustc.args(["--error-format=json", "--crate-type=cdylib", "-Cprefer-dynamic", "-Cpanic=unwind", "-Cdebuginfo=0"]);
+        rustc.args(["--error-format=json", "--crate-type=cdylib", FLAGS, "-Cpanic=unwind", "-Cdebuginfo=0"]);
+        // Not shown by evcxr.
+        rustc.arg("-Awarnings");
         rustc.args(emit).arg("--out-dir").arg(out.unwrap_or(&cell));
         rustc.arg(format!("-Copt-level={}", self.opt_level()));
         rustc.arg(format!("-Cincremental={}", context.join("incremental").display()));
@@ -292,19 +286,11 @@ impl Session {
         let target = dir.join("target");
         let host = &self.template.toolchain.host;
         if !target.exists() {
-            for part in ["debug".to_owned(), format!("{host}/debug")] {
-                for what in ["deps", ".fingerprint", "build"] {
-                    let from = self.layout.target.join(&part).join(what);
-                    if from.is_dir() {
-                        let link = |p: &Path| template::is_artifact(p) || p.extension().is_none();
-                        workspace::clone_tree(&from, &target.join(&part).join(what), &link)
-                            .map_err(|e| format!("{}: {e}", from.display()))?;
-                    }
-                }
-            }
+            template::link_artifacts(&self.layout, &target).map_err(|e| format!("{}: {e}", target.display()))?;
         }
         let mut cargo = self.template.toolchain.cargo_command();
-        cargo.current_dir(&dir).args(["build", "--message-format=json"]).env("CARGO_TARGET_DIR", &target);
+        cargo.current_dir(&dir).args(["build", "--message-format=json", "--target", host]);
+        cargo.env("CARGO_TARGET_DIR", &target);
         cargo.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = cargo.spawn().map_err(|e| format!("cargo: {e}"))?;
         let stderr = BufReader::new(child.stderr.take().expect("piped"));
@@ -384,7 +370,8 @@ struct Progress {
 
 impl Progress {
     fn connect() -> Progress {
-        let mut stream = std::env::var_os(env::LINK).and_then(|path| UnixStream::connect(path).ok());
+        let socket = std::env::var_os(env::SESSION).and_then(|s| fs::read_to_string(Path::new(&s).join(link::SOCKET)).ok());
+        let mut stream = socket.and_then(|path| UnixStream::connect(path).ok());
         if let Some(s) = &mut stream {
             let _ = writeln!(s, "build {}", std::process::id());
         }

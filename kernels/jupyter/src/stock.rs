@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use crate::install;
 use crate::template::{self, Layout};
 use crate::toolchain::Toolchain;
-use crate::workspace::{self, Workspace};
+use crate::workspace::Workspace;
 
 /// Compiles what it needs: the library, and evcxr's programs.
 ///
@@ -47,11 +47,22 @@ pub fn run(layout: &Layout, connection_file: &Path) -> Result<bool, String> {
     Ok(status.success())
 }
 
+/// Runs cells from standard input as evcxr's REPL does; whether all went well.
+///
+/// # Errors
+/// What does not compile.
+pub fn repl(layout: &Layout) -> Result<bool, String> {
+    prepare(layout)?;
+    let workspace = workspace(layout)?;
+    let mut command = program(layout, "stock-evcxr-repl", &workspace)?;
+    Ok(command.stdin(Stdio::inherit()).status().map_err(|e| e.to_string())?.success())
+}
+
 /// One of evcxr's programs, in that workspace.
 ///
 /// # Errors
 /// No Rust.
-pub fn program(layout: &Layout, name: &str, workspace: &Workspace) -> Result<Command, String> {
+fn program(layout: &Layout, name: &str, workspace: &Workspace) -> Result<Command, String> {
     let toolchain = Toolchain::ask(&layout.repository)?;
     let program: PathBuf = layout.target.join(&toolchain.host).join("debug").join(name);
     if !program.is_file() {
@@ -74,7 +85,7 @@ pub fn program(layout: &Layout, name: &str, workspace: &Workspace) -> Result<Com
 ///
 /// # Errors
 /// A directory that cannot be written.
-pub fn workspace(layout: &Layout) -> Result<Workspace, String> {
+fn workspace(layout: &Layout) -> Result<Workspace, String> {
     let sessions = layout.sessions();
     let io = |e: std::io::Error| format!("{}: {e}", sessions.display());
     let workspace = Workspace::create(&sessions).map_err(io)?;
@@ -91,27 +102,6 @@ pub fn workspace(layout: &Layout) -> Result<Workspace, String> {
          [dependencies]\ntunebook = {{ path = {library} }}\n"
     );
     fs::write(dir.join("keep/Cargo.toml"), manifest).map_err(io)?;
-    link_artifacts(layout, &workspace.context().join("target")).map_err(io)?;
+    template::link_artifacts(layout, &workspace.context().join("target")).map_err(io)?;
     Ok(workspace)
-}
-
-/// Makes the compiled dependencies those of another target directory.
-///
-/// # Errors
-/// A directory that cannot be written.
-pub fn link_artifacts(layout: &Layout, target: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(&layout.target)?.flatten() {
-        let name = entry.file_name();
-        let debug = if name == "debug" { entry.path() } else { entry.path().join("debug") };
-        if name == "tunebook-kernel" || !debug.join("deps").is_dir() {
-            continue;
-        }
-        let to = if name == "debug" { target.join("debug") } else { target.join(&name).join("debug") };
-        for what in ["deps", ".fingerprint", "build"] {
-            workspace::clone_tree(&debug.join(what), &to.join(what), &|p| {
-                template::is_artifact(p) || (what == "build" && p.extension().is_none())
-            })?;
-        }
-    }
-    Ok(())
 }

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::metadata;
 use crate::toolchain::Toolchain;
+use crate::workspace::{How, clone_tree};
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -25,12 +26,15 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The repository that this program was compiled from, and its target directory or the one that CARGO_TARGET_DIR names.
+    /// The repository that this program was compiled from, and the target directory that it was compiled into.
     pub fn here() -> Layout {
         let repository = std::env::var_os(crate::env::REPOSITORY)
             .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."), PathBuf::from);
         let repository = fs::canonicalize(&repository).unwrap_or(repository);
-        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+        // <target>/<host>/debug/tunebook-kernel
+        let own = std::env::current_exe().ok().and_then(|p| Some(p.ancestors().nth(3)?.to_owned()));
+        let own = own.filter(|dir| dir.join("CACHEDIR.TAG").is_file());
+        let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from).or(own).unwrap_or_else(|| "target".into());
         Layout { target: repository.join(target), repository }
     }
 
@@ -115,6 +119,7 @@ impl Template {
 
         let mut command = toolchain.cargo_command();
         command.current_dir(&workspace).args(["build", "--message-format=json-render-diagnostics"]);
+        command.args(["--target", &toolchain.host]);
         command.env("CARGO_TARGET_DIR", &layout.target).stdout(Stdio::piped());
         if progress.is_some() {
             command.stderr(Stdio::piped());
@@ -270,6 +275,28 @@ pub fn hashed(file: &Path) -> PathBuf {
     entries.flatten().map(|e| e.path()).find(same).unwrap_or_else(|| file.to_owned())
 }
 
+/// Makes the compiled dependencies those of another target directory, too.
+///
+/// # Errors
+/// A directory that cannot be written.
+pub fn link_artifacts(layout: &Layout, target: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(&layout.target)?.flatten() {
+        let name = entry.file_name();
+        let debug = if name == "debug" { entry.path() } else { entry.path().join("debug") };
+        if name == "tunebook-kernel" || !debug.join("deps").is_dir() {
+            continue;
+        }
+        let to = if name == "debug" { target.join("debug") } else { target.join(&name).join("debug") };
+        // Programs, tests above all, are large and of no use.
+        let deps = |p: &Path| if is_artifact(p) { How::Link } else { How::Skip };
+        let build = |p: &Path| if p.extension().is_none() { How::Link } else { How::Copy };
+        clone_tree(&debug.join("deps"), &to.join("deps"), &deps)?;
+        clone_tree(&debug.join("build"), &to.join("build"), &build)?;
+        clone_tree(&debug.join(".fingerprint"), &to.join(".fingerprint"), &|_| How::Copy)?;
+    }
+    Ok(())
+}
+
 /// SHA-256 of all that the compiled library follows from, shortened.
 fn fingerprint(layout: &Layout) -> Result<String, String> {
     let (rustc, _, _) = Toolchain::find(&layout.repository)?;
@@ -303,7 +330,7 @@ fn list(root: &Path, dir: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()
 }
 
 fn copy_sources(from: &Path, to: &Path) -> std::io::Result<()> {
-    crate::workspace::clone_tree(from, to, &|_| false)
+    clone_tree(from, to, &|_| How::Copy)
 }
 
 /// Templates of earlier sources, unless a kernel uses them.

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 
 use crate::env;
 
+/// Flags of all that a cell is linked with.
+pub const FLAGS: &str = "-Cprefer-dynamic";
+
 /// Programs and answers of the toolchain. Asked once, kept in the template: each question costs 20 to 100 ms.
 #[derive(Clone, Debug)]
 pub struct Toolchain {
@@ -92,7 +95,8 @@ impl Toolchain {
     /// The real cargo, as the library is built: the user's environment, this toolchain.
     pub fn cargo_command(&self) -> Command {
         let mut c = user_command(&self.cargo);
-        c.env("RUSTC", &self.rustc);
+        // The flags of .cargo/config.toml, which is found twice when the target directory is in the repository, and lists add up.
+        c.env("RUSTC", &self.rustc).env("RUSTFLAGS", FLAGS);
         c
     }
 }

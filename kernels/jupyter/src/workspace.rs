@@ -25,8 +25,8 @@ impl Workspace {
         lock(&guard, true)?;
         for entry in fs::read_dir(sessions)?.flatten() {
             let dir = entry.path();
-            let Ok(file) = File::open(dir.join(LOCK)) else { continue };
-            if lock(&file, false).is_ok() {
+            // Without a lock it was being made, or removed, when its kernel was killed.
+            if dir.is_dir() && File::open(dir.join(LOCK)).map_or(true, |file| lock(&file, false).is_ok()) {
                 remove(&dir);
             }
         }
@@ -57,7 +57,7 @@ impl Drop for Workspace {
 
 /// Removes a workspace. Another process may be writing a last file there: the second attempt gets that too.
 pub fn remove(dir: &Path) {
-    if dir.join(LOCK).exists() && fs::remove_dir_all(dir).is_err() {
+    if fs::remove_dir_all(dir).is_err() {
         std::thread::sleep(std::time::Duration::from_millis(50));
         let _ = fs::remove_dir_all(dir);
     }
@@ -70,21 +70,30 @@ fn lock(file: &File, wait: bool) -> io::Result<()> {
     if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What becomes of a file in a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    Link,
+    Copy,
+    Skip,
+}
+
 /// Makes `to` a copy of the tree `from` in which large files are hard links. Compiled artifacts are replaced, never rewritten,
 /// so a link is as good as a copy; the small files in which cargo keeps its books are copied, with their times.
-pub fn clone_tree(from: &Path, to: &Path, link: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+pub fn clone_tree(from: &Path, to: &Path, how: &dyn Fn(&Path) -> How) -> io::Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         if entry.file_type()?.is_dir() {
-            clone_tree(&source, &target, link)?;
-        } else if link(&source) {
-            if fs::hard_link(&source, &target).is_err() {
-                copy_with_times(&source, &target)?;
-            }
-        } else {
-            copy_with_times(&source, &target)?;
+            clone_tree(&source, &target, how)?;
+            continue;
+        }
+        match how(&source) {
+            How::Skip => {}
+            // Another file system has no links to this one.
+            How::Link if fs::hard_link(&source, &target).is_ok() => {}
+            How::Link | How::Copy => copy_with_times(&source, &target)?,
         }
     }
     Ok(())
@@ -122,7 +131,7 @@ mod tests {
         fs::create_dir_all(from.join("deps")).unwrap();
         fs::write(from.join("deps/x.rlib"), "x").unwrap();
         fs::write(from.join("deps/x.d"), "d").unwrap();
-        clone_tree(&from, &to, &|p| p.extension().is_some_and(|e| e == "rlib")).unwrap();
+        clone_tree(&from, &to, &|p| if p.extension().is_some_and(|e| e == "rlib") { How::Link } else { How::Copy }).unwrap();
         let inode = |p: PathBuf| fs::metadata(p).unwrap().ino();
         assert_eq!(inode(from.join("deps/x.rlib")), inode(to.join("deps/x.rlib")));
         assert_ne!(inode(from.join("deps/x.d")), inode(to.join("deps/x.d")));
