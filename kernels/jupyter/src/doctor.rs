@@ -51,7 +51,8 @@ fn first_line(command: &mut Command) -> Option<String> {
 fn rust(layout: &Layout) -> Found {
     const FIX: &str = "rustup update, or install Rust from https://rustup.rs";
     const WANTED: (u32, u32) = (1, 95);
-    let version = Toolchain::find(&layout.repository).ok().and_then(|(rustc, _, _)| first_line(Command::new(rustc).arg("-V")));
+    let version =
+        Toolchain::find(&layout.repository).ok().and_then(|(rustc, _, _)| first_line(Command::new(rustc).arg("-V")));
     let Some(version) = version else { return Found::Needed("no rustc".into(), FIX) };
     let mut parts = version.split_whitespace().nth(1).unwrap_or_default().split('.').map(|p| p.parse().unwrap_or(0));
     let found = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
@@ -68,7 +69,9 @@ fn linker() -> Found {
 
 fn rust_source(layout: &Layout) -> Found {
     match Toolchain::find(&layout.repository) {
-        Ok((_, _, sysroot)) if sysroot.join("lib/rustlib/src/rust/library/core").is_dir() => Found::Yes("rust-src".into()),
+        Ok((_, _, sysroot)) if sysroot.join("lib/rustlib/src/rust/library/core").is_dir() => {
+            Found::Yes("rust-src".into())
+        }
         _ => Found::Needed("no types of variables without it".into(), "rustup component add rust-src"),
     }
 }
@@ -107,7 +110,10 @@ fn gpu() -> Found {
     let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"];
     match first_line(Command::new("nvidia-smi").args(query)) {
         Some(line) => Found::Yes(line),
-        None => Found::Missing("no NVIDIA GPU is visible; the CPU backend runs everything".into(), "install the NVIDIA driver"),
+        None => Found::Missing(
+            "no NVIDIA GPU is visible; the CPU backend runs everything".into(),
+            "install the NVIDIA driver",
+        ),
     }
 }
 

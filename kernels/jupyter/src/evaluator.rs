@@ -49,7 +49,12 @@ impl Evaluator {
     ///
     /// # Errors
     /// No toolchain, a library that does not compile, a process that does not start.
-    pub fn start(layout: &Layout, workspace: &Workspace, link: &Arc<Link>, publisher: &Publisher) -> Result<Evaluator, String> {
+    pub fn start(
+        layout: &Layout,
+        workspace: &Workspace,
+        link: &Arc<Link>,
+        publisher: &Publisher,
+    ) -> Result<Evaluator, String> {
         let template = match Template::find(layout)? {
             Ok(template) => template,
             Err(_) => rebuild(layout, publisher)?,
@@ -132,7 +137,8 @@ impl Evaluator {
         }
         self.link.start_cell(syntax::ends_in_expression(&code), capture);
         let publisher = self.publisher.clone();
-        let input = move |r: evcxr::InputRequest| publisher.ask(&r.prompt, r.is_password).trim_end_matches('\n').to_owned();
+        let input =
+            move |r: evcxr::InputRequest| publisher.ask(&r.prompt, r.is_password).trim_end_matches('\n').to_owned();
         let mut callbacks = EvalCallbacks { input_reader: &input };
         let result = catch_unwind(AssertUnwindSafe(|| self.context.execute_with_callbacks(&code, &mut callbacks)));
         let died = matches!(&result, Ok(Err(Error::SubprocessTerminated(_))));
@@ -141,7 +147,10 @@ impl Evaluator {
         let outcome = match result {
             Ok(result) => self.judge(result, seen, &code, capture),
             Err(panic) => {
-                let message = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
+                let message = panic
+                    .downcast_ref::<String>()
+                    .cloned()
+                    .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
                 Outcome::Failed(Failure::new(
                     "InternalError",
                     format!("evcxr stopped at this cell: {}; the next cell can be run", message.unwrap_or_default()),
@@ -165,7 +174,10 @@ impl Evaluator {
                     self.publisher.result(json!(outputs.content_by_mime_type));
                 }
                 if seen.interrupts > 0 {
-                    return Outcome::Failed(Failure::new("Interrupted", "the cell was interrupted; all variables are kept"));
+                    return Outcome::Failed(Failure::new(
+                        "Interrupted",
+                        "the cell was interrupted; all variables are kept",
+                    ));
                 }
                 Outcome::Ok
             }
@@ -181,7 +193,10 @@ impl Evaluator {
             Err(Error::SubprocessTerminated(why)) => Outcome::Failed(crashed(&why, seen.panic.as_ref())),
             Err(Error::TypeRedefinedVariablesLost(names)) => Outcome::Failed(Failure::new(
                 "error",
-                format!("the type of these variables was defined anew, so they are lost: {}; run the cell again", names.join(", ")),
+                format!(
+                    "the type of these variables was defined anew, so they are lost: {}; run the cell again",
+                    names.join(", ")
+                ),
             )),
             Err(other) => Outcome::Failed(Failure::new("error", other.to_string())),
         }
@@ -249,14 +264,15 @@ impl Evaluator {
 
     /// Lets rust-analyzer look at the standard library and ours before the user's first `let` needs it.
     pub fn warm_up(&mut self) {
-        let code = "let plan = tunebook::plan::MemoryPlan::qlora(&tunebook::model::ModelSpec::preset(\"\").unwrap()); plan.";
+        let code =
+            "let plan = tunebook::plan::MemoryPlan::qlora(&tunebook::model::ModelSpec::preset(\"\").unwrap()); plan.";
         let _ = catch_unwind(AssertUnwindSafe(|| self.context.completions(code, code.len())));
     }
 }
 
 /// The process that ran the cell is gone.
 fn crashed(why: &str, panic: Option<&Report>) -> Failure {
-    let how = why.rsplit("status: ").next().unwrap_or(why).trim();
+    let how = why.split_once("terminated with status: ").map_or(why, |(_, how)| how).trim();
     let hint = if how.contains("SIGKILL") {
         " (killed: often the system was out of memory)"
     } else if how.contains("SIGABRT") {
@@ -264,7 +280,8 @@ fn crashed(why: &str, panic: Option<&Report>) -> Failure {
     } else {
         ""
     };
-    let mut value = format!("the process of the cells ended with {how}{hint}: all variables are lost, definitions are kept");
+    let mut value =
+        format!("the process of the cells ended with {how}{hint}: all variables are lost, definitions are kept");
     if let Some(p) = panic {
         value += &format!("; last panic: {}", p.message);
     }

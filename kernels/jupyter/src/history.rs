@@ -82,8 +82,14 @@ mod tests {
     #[test]
     fn tail_range_search() {
         assert_eq!(codes(json!({"hist_access_type": "tail", "n": 2})), ["3 a = 1", "4 c"]);
-        assert_eq!(codes(json!({"hist_access_type": "range", "session": 0, "start": 1, "stop": 3})), ["1 a = 1", "2 b = 2"]);
-        assert_eq!(codes(json!({"hist_access_type": "search", "pattern": "?*=*", "n": 9})), ["1 a = 1", "2 b = 2", "3 a = 1"]);
+        assert_eq!(
+            codes(json!({"hist_access_type": "range", "session": 0, "start": 1, "stop": 3})),
+            ["1 a = 1", "2 b = 2"]
+        );
+        assert_eq!(
+            codes(json!({"hist_access_type": "search", "pattern": "?*=*", "n": 9})),
+            ["1 a = 1", "2 b = 2", "3 a = 1"]
+        );
         let unique = json!({"hist_access_type": "search", "pattern": "*=*", "n": 9, "unique": true});
         assert_eq!(codes(unique), ["2 b = 2", "3 a = 1"]);
     }

@@ -92,7 +92,9 @@ pub fn library(layout: &Layout) -> Result<Template, String> {
         return Ok(template);
     }
     let began = Instant::now();
-    println!("install: compiling the library for cells (about 8 minutes on 2 cores the first time, later what has changed)");
+    println!(
+        "install: compiling the library for cells (about 8 minutes on 2 cores the first time, later what has changed)"
+    );
     let template = Template::build(layout, None)?;
     println!("install: the library is ready ({} s)", began.elapsed().as_secs());
     Ok(template)
@@ -100,7 +102,10 @@ pub fn library(layout: &Layout) -> Result<Template, String> {
 
 fn check_machine(layout: &Layout) -> Result<(), String> {
     if layout.target.to_string_lossy().contains(char::is_whitespace) {
-        return Err(format!("evcxr cannot work below a path with spaces: {}; set CARGO_TARGET_DIR", layout.target.display()));
+        return Err(format!(
+            "evcxr cannot work below a path with spaces: {}; set CARGO_TARGET_DIR",
+            layout.target.display()
+        ));
     }
     if !on_path("cc") {
         return Err("no C linker: run 'apt install build-essential'".into());
@@ -109,7 +114,8 @@ fn check_machine(layout: &Layout) -> Result<(), String> {
     if !sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
         // Types of variables are found by reading the standard library's source.
         println!("install: the source of the standard library (rustup component add rust-src)");
-        let status = user_command("rustup").args(["component", "add", "rust-src"]).current_dir(&layout.repository).status();
+        let status =
+            user_command("rustup").args(["component", "add", "rust-src"]).current_dir(&layout.repository).status();
         if !status.is_ok_and(|s| s.success()) {
             return Err("the standard library's source is missing: run 'rustup component add rust-src'".into());
         }
@@ -143,7 +149,9 @@ fn python_environment(layout: &Layout) -> Result<(), String> {
     }
     println!("install: JupyterLab in {}", venv.display());
     run(
-        Command::new(python(layout)).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(&wanted),
+        Command::new(python(layout))
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
+            .arg(&wanted),
         "pip could not install JupyterLab; its message is above",
     )?;
     fs::write(&stamp, wanted_text).map_err(|e| format!("{}: {e}", stamp.display()))?;

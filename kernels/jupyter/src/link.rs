@@ -66,8 +66,10 @@ struct State {
     /// Whether displays are collected and not shown.
     capture: bool,
     seen: Seen,
-    /// A panic that may still be caught.
-    pending_panic: Option<Report>,
+    /// The last panic, which the cell may have caught.
+    last_panic: Option<Report>,
+    /// Whether a panic ended the cell.
+    panicked: bool,
     pid: Option<i32>,
     /// To the process: lines for evcxr.
     relay: Option<UnixStream>,
@@ -137,7 +139,8 @@ impl Link {
         state.has_result = has_result && !capture;
         state.capture = capture;
         state.seen = Seen::default();
-        state.pending_panic = None;
+        state.last_panic = None;
+        state.panicked = false;
     }
 
     /// After a cell: what was learnt. A panic that the cell caught is told on standard error.
@@ -151,13 +154,13 @@ impl Link {
         }
         state.phase = Phase::Idle;
         let _ = std::fs::remove_file(self.session.join(STOP));
-        let caught = state.pending_panic.take();
+        let panic = state.last_panic.take();
         let seen = std::mem::take(&mut state.seen);
+        if state.panicked || process_died {
+            return Seen { panic, ..seen };
+        }
         drop(state);
-        if let Some(p) = caught {
-            if process_died {
-                return Seen { panic: Some(p), ..seen };
-            }
+        if let Some(p) = panic {
             self.publisher.stream("stderr", &format!("a panic was caught: {}\n", p.message));
         }
         seen
@@ -257,7 +260,7 @@ impl Link {
                 }
                 Some("end") => self.end_of_code(v["number"].as_u64().unwrap_or(0)),
                 Some("error") => self.lock().seen.error = Some(report(&v)),
-                Some("panic") => self.lock().pending_panic = Some(report(&v)),
+                Some("panic") => self.lock().last_panic = Some(report(&v)),
                 _ => {}
             }
         }
@@ -316,9 +319,8 @@ impl Link {
                     Event::Marker(line) if which == 1 => self.publisher.stream(name, &format!("{line}\n")),
                     Event::Marker(line) => {
                         let mut state = self.lock();
-                        if line == "EVCXR_PANIC_NOTIFICATION" {
-                            state.seen.panic = state.pending_panic.take();
-                        }
+                        // Its report comes by another socket, perhaps later; before the end of the cell it is here.
+                        state.panicked |= line == "EVCXR_PANIC_NOTIFICATION";
                         relay(&mut state, &line);
                     }
                     Event::Prompt(prompt, secret) => self.lock().prompt = Some((prompt, secret)),
@@ -423,6 +425,8 @@ impl Link {
 
     /// A read of standard input by the cell: asks the front end, answers with what was typed.
     fn serve_input(&self, mut stream: UnixStream) {
+        // A prompt that was printed is read first.
+        std::thread::sleep(QUIET * 2);
         let (prompt, secret) = self.take_prompt();
         let line = self.publisher.ask(&prompt, secret);
         let _ = stream.write_all(line.as_bytes());

@@ -35,7 +35,8 @@ pub fn for_analysis(full: &Value, source: &Path, repository: &Path, own: &[Strin
 
     let mut keep: HashSet<&str> = HashSet::from([root]);
     for p in packages {
-        let library = p["name"] != "tunebook" || p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository));
+        let library = p["name"] != "tunebook"
+            || p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository));
         if SEEN.iter().any(|s| p["name"] == *s) && library {
             keep.extend(p["id"].as_str());
         }
@@ -58,7 +59,9 @@ pub fn for_analysis(full: &Value, source: &Path, repository: &Path, own: &[Strin
     if let Some(all) = out["packages"].as_array_mut() {
         all.retain(|p| p["id"].as_str().is_some_and(|id| keep.contains(id)));
         for p in all.iter_mut() {
-            if p["name"] == "tunebook" && p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository)) {
+            if p["name"] == "tunebook"
+                && p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository))
+            {
                 move_library(p, repository, source);
             }
         }
@@ -117,9 +120,11 @@ pub fn of_sysroot(mut full: Value, no_deps: bool) -> Value {
         .iter()
         .filter_map(|(name, deps)| {
             let deps: Vec<(&str, Value)> = deps.iter().filter_map(|d| Some((*d, id(d)?))).collect();
-            let edges = deps.iter().map(|(name, pkg)| json!({
-                "name": name, "pkg": pkg, "dep_kinds": [{"kind": null, "target": null}],
-            }));
+            let edges = deps.iter().map(|(name, pkg)| {
+                json!({
+                    "name": name, "pkg": pkg, "dep_kinds": [{"kind": null, "target": null}],
+                })
+            });
             Some(json!({
                 "id": id(name)?, "features": [], "deps": edges.collect::<Vec<_>>(),
                 "dependencies": deps.iter().map(|(_, pkg)| pkg).collect::<Vec<_>>(),
@@ -151,14 +156,18 @@ mod tests {
 
     #[test]
     fn analysis_sees_what_cells_can_see() {
-        let package = |name: &str, path: &str| json!({
-            "name": name, "id": name, "manifest_path": path,
-            "targets": [{"kind": ["lib"], "src_path": "/repo/src/lib.rs"}, {"kind": ["bin"], "src_path": "/repo/src/bin.rs"}],
-        });
-        let node = |id: &str, deps: &[&str]| json!({
-            "id": id, "dependencies": deps,
-            "deps": deps.iter().map(|d| json!({"name": d, "pkg": d})).collect::<Vec<_>>(),
-        });
+        let package = |name: &str, path: &str| {
+            json!({
+                "name": name, "id": name, "manifest_path": path,
+                "targets": [{"kind": ["lib"], "src_path": "/repo/src/lib.rs"}, {"kind": ["bin"], "src_path": "/repo/src/bin.rs"}],
+            })
+        };
+        let node = |id: &str, deps: &[&str]| {
+            json!({
+                "id": id, "dependencies": deps,
+                "deps": deps.iter().map(|d| json!({"name": d, "pkg": d})).collect::<Vec<_>>(),
+            })
+        };
         let full = json!({
             "workspace_members": ["ctx"],
             "packages": [package("ctx", "/s/Cargo.toml"), package("tunebook", "/repo/Cargo.toml"), package("half", "/r/h"),

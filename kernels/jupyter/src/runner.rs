@@ -288,7 +288,10 @@ fn save(nb: &Value, path: &Path, options: &Options, layout: &Layout) -> Result<(
     fs::write(&to, pretty(nb)).map_err(io)?;
     let python = install::python(layout);
     if !python.is_file() {
-        return Err(format!("{} is missing, which makes the HTML: run the command `lab` or `install` first", python.display()));
+        return Err(format!(
+            "{} is missing, which makes the HTML: run the command `lab` or `install` first",
+            python.display()
+        ));
     }
     let output = Command::new(python)
         .args(["-m", "nbconvert", "--log-level=WARN", "--to", "html"])

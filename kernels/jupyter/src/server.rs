@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use zeromq::{RepSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend, XPubSocket, ZmqMessage};
+use zeromq::{
+    RepSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend, XPubSocket, ZmqMessage,
+};
 
 use crate::evaluator::Evaluator;
 use crate::link::Link;
@@ -45,7 +47,8 @@ struct Shared {
 /// A connection file that is not right, ports that are taken.
 pub fn run(connection_file: &Path, layout: &Layout) -> Result<(), String> {
     let connection = Connection::read(connection_file)?;
-    let workspace = Workspace::create(&layout.sessions()).map_err(|e| format!("{}: {e}", layout.sessions().display()))?;
+    let workspace =
+        Workspace::create(&layout.sessions()).map_err(|e| format!("{}: {e}", layout.sessions().display()))?;
     crate::evaluator::set_environment(layout, &workspace)?;
     // SAFETY: no handler; an interrupt of the terminal is for the cells, and comes as a message.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
@@ -94,6 +97,9 @@ async fn serve(connection: Connection, workspace: Workspace, layout: Layout) -> 
         .spawn(move || evaluate_all(&evaluating, &requests, &layout, workspace))
         .map_err(|e| e.to_string())?;
 
+    if std::env::var_os("JPY_PARENT_PID").is_some() {
+        end_with_parent(shared.clone());
+    }
     publisher.status(&json!({}), "starting");
     tokio::spawn(publish(iopub, iopub_receiver, signer.clone(), shared.clone()));
     tokio::spawn(answer_heartbeat(heartbeat));
@@ -113,6 +119,20 @@ async fn serve(connection: Connection, workspace: Workspace, layout: Layout) -> 
     tokio::spawn(receive(shell_in, signer.clone(), move |m| on_shell.shell_request(m)));
     receive(control_in, signer, move |m| shared.control_request(&m)).await;
     Ok(())
+}
+
+/// A server that is killed leaves its kernels behind: they end by themselves.
+fn end_with_parent(shared: Arc<Shared>) {
+    // SAFETY: no arguments, no failure.
+    let parent = || unsafe { libc::getppid() };
+    let first = parent();
+    std::thread::spawn(move || {
+        while parent() == first {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        shared.clean_up();
+        std::process::exit(0)
+    });
 }
 
 async fn receive(mut socket: RouterRecvHalf, signer: Signer, mut handle: impl FnMut(Message)) {
@@ -142,7 +162,12 @@ async fn send_all(mut socket: RouterSendHalf, mut messages: UnboundedReceiver<Me
     }
 }
 
-async fn publish(mut socket: XPubSocket, mut messages: UnboundedReceiver<Message>, signer: Signer, shared: Arc<Shared>) {
+async fn publish(
+    mut socket: XPubSocket,
+    mut messages: UnboundedReceiver<Message>,
+    signer: Signer,
+    shared: Arc<Shared>,
+) {
     loop {
         tokio::select! {
             message = messages.recv() => match message {
@@ -236,14 +261,18 @@ impl Shared {
         }
     }
 
+    fn clean_up(&self) {
+        self.link.kill();
+        drop(self.workspace.lock().unwrap_or_else(|e| e.into_inner()).take());
+    }
+
     fn shut_down(&self, socket: &UnboundedSender<Message>, request: &Message) -> ! {
         let content = json!({"status": "ok", "restart": request.content["restart"].as_bool().unwrap_or(false)});
         self.publisher.status(&request.header, "busy");
         self.reply(socket, request, "shutdown_reply", content.clone());
         self.publisher.send_for(&request.header, "shutdown_reply", content);
         self.publisher.status(&request.header, "idle");
-        self.link.kill();
-        drop(self.workspace.lock().unwrap_or_else(|e| e.into_inner()).take());
+        self.clean_up();
         // The sockets' tasks send what they have.
         std::thread::sleep(Duration::from_millis(150));
         std::process::exit(0)
@@ -371,7 +400,8 @@ fn refuse_all(shared: &Shared, requests: &Receiver<Request>, why: &str) {
     for request in requests.iter() {
         let message = &request.message;
         shared.publisher.status(&message.header, "busy");
-        let error = json!({"ename": "StartError", "evalue": why, "traceback": [format!("the kernel could not start: {why}")]});
+        let error =
+            json!({"ename": "StartError", "evalue": why, "traceback": [format!("the kernel could not start: {why}")]});
         if message.kind() == "execute_request" {
             shared.publisher.send_for(&message.header, "error", error.clone());
         }

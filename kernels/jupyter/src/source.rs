@@ -17,7 +17,8 @@ pub fn with_toolkit(source: &str, plain: bool) -> String {
     {
         let end = start + length;
         let lines = out[start..end].matches('\n').count();
-        let module = format!("mod evcxr_internal_runtime {{ pub use ::tunebook_toolkit::cell::*;{}", "\n".repeat(lines));
+        let module =
+            format!("mod evcxr_internal_runtime {{ pub use ::tunebook_toolkit::cell::*;{}", "\n".repeat(lines));
         out.replace_range(start..end, &module);
     }
     report_errors(&mut out);
@@ -169,7 +170,10 @@ pub extern \"C\" fn run_user_code_1(\nlet a = 1;\nx(a)?;\nlet b = 2;\nx(a)?;\n";
         let repository = std::env::temp_dir();
         let own = format!(":dep tunebook = {{ path = \"{}\" }}", repository.display());
         let other = ":dep regex = \"1\"";
-        assert_eq!(without_own_dep(&format!("{own}\n{other}\nlet a = 1;"), &repository), format!("\n{other}\nlet a = 1;"));
+        assert_eq!(
+            without_own_dep(&format!("{own}\n{other}\nlet a = 1;"), &repository),
+            format!("\n{other}\nlet a = 1;")
+        );
         for kept in [":dep tunebook = \"1\"", ":dep tunebook = { path = \"/\" }", "let s = \":dep tunebook\";"] {
             assert_eq!(without_own_dep(kept, &repository), kept);
         }

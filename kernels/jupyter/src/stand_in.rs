@@ -93,7 +93,9 @@ impl Session {
             _ if has("--version") => println!("{}", toolchain.cargo_version),
             "locate-project" => println!("{}", json!({"root": after("--manifest-path")})),
             "rustc" if after("--print").is_some_and(|p| p == "cfg") => println!("{}", toolchain.cfg),
-            "rustc" if after("--print").is_some_and(|p| p == "target-spec-json") => println!("{}", toolchain.target_spec),
+            "rustc" if after("--print").is_some_and(|p| p == "target-spec-json") => {
+                println!("{}", toolchain.target_spec)
+            }
             // rust-analyzer asks cargo for its configuration, and does without.
             "unstable-options" if has("config") => return Ok(ExitCode::FAILURE),
             "config" => return Ok(ExitCode::FAILURE),
@@ -112,7 +114,8 @@ impl Session {
         let answer = match manifest {
             Some(m) if m.starts_with(&context) => {
                 let own = self.own_dependencies()?;
-                let base = if own.is_empty() { self.read_template("metadata.json")? } else { self.full_metadata(&own)? };
+                let base =
+                    if own.is_empty() { self.read_template("metadata.json")? } else { self.full_metadata(&own)? };
                 let mut answer = metadata::at(base, &context);
                 if no_deps {
                     let root = answer["workspace_members"][0].clone();
@@ -370,7 +373,8 @@ struct Progress {
 
 impl Progress {
     fn connect() -> Progress {
-        let socket = std::env::var_os(env::SESSION).and_then(|s| fs::read_to_string(Path::new(&s).join(link::SOCKET)).ok());
+        let socket =
+            std::env::var_os(env::SESSION).and_then(|s| fs::read_to_string(Path::new(&s).join(link::SOCKET)).ok());
         let mut stream = socket.and_then(|path| UnixStream::connect(path).ok());
         if let Some(s) = &mut stream {
             let _ = writeln!(s, "build {}", std::process::id());

@@ -66,7 +66,10 @@ fn program(layout: &Layout, name: &str, workspace: &Workspace) -> Result<Command
     let toolchain = Toolchain::ask(&layout.repository)?;
     let program: PathBuf = layout.target.join(&toolchain.host).join("debug").join(name);
     if !program.is_file() {
-        return Err(format!("{} is not compiled: run 'cargo build -p stock-evcxr -p tunebook-kernel'", program.display()));
+        return Err(format!(
+            "{} is not compiled: run 'cargo build -p stock-evcxr -p tunebook-kernel'",
+            program.display()
+        ));
     }
     let config = layout.home().join("evcxr-stock");
     let io = |e: std::io::Error| format!("{}: {e}", config.display());

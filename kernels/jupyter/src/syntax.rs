@@ -38,7 +38,8 @@ pub fn completeness(code: &str) -> Completeness {
     if parsed.errors().is_empty() {
         return Completeness::Complete;
     }
-    let unterminated = |m: &str| m.contains("unterminated") || m.contains("Missing trailing") || m.contains("to terminate");
+    let unterminated =
+        |m: &str| m.contains("unterminated") || m.contains("Missing trailing") || m.contains("to terminate");
     if parsed.errors().iter().any(|e| unterminated(&e.to_string())) {
         return Completeness::Incomplete(String::new());
     }
@@ -89,7 +90,9 @@ pub fn ends_in_expression(code: &str) -> bool {
     let text = format!("{PRELUDE}{}\n}}", rust_of(code));
     let parsed = SourceFile::parse(&text, Edition::Edition2024);
     let body = parsed.tree().syntax().children().next().and_then(ast::Fn::cast).and_then(|f| f.body());
-    body.and_then(|b| b.stmt_list()).and_then(|s| s.syntax().children().last()).is_some_and(|n| ast::Expr::can_cast(n.kind()))
+    body.and_then(|b| b.stmt_list())
+        .and_then(|s| s.syntax().children().last())
+        .is_some_and(|n| ast::Expr::can_cast(n.kind()))
 }
 
 /// The end of the name that `position` (in bytes) is in or at the end of.
@@ -146,9 +149,14 @@ mod tests {
 
     #[test]
     fn the_value_of_a_cell() {
-        for (code, expected) in
-            [("1 + 1", true), ("let a = 1;\na", true), ("f();", false), ("fn f() {}", false), (":vars", false), ("x?", true)]
-        {
+        for (code, expected) in [
+            ("1 + 1", true),
+            ("let a = 1;\na", true),
+            ("f();", false),
+            ("fn f() {}", false),
+            (":vars", false),
+            ("x?", true),
+        ] {
             assert_eq!(ends_in_expression(code), expected, "{code:?}");
         }
     }

@@ -268,7 +268,9 @@ pub fn is_artifact(file: &Path) -> bool {
 pub fn hashed(file: &Path) -> PathBuf {
     use std::os::unix::fs::MetadataExt;
     let Some(parent) = file.parent().filter(|p| !p.ends_with("deps")) else { return file.to_owned() };
-    let (Ok(own), Ok(entries)) = (fs::metadata(file), fs::read_dir(parent.join("deps"))) else { return file.to_owned() };
+    let (Ok(own), Ok(entries)) = (fs::metadata(file), fs::read_dir(parent.join("deps"))) else {
+        return file.to_owned();
+    };
     let same = |p: &PathBuf| {
         fs::metadata(p).is_ok_and(|m| (m.ino(), m.dev()) == (own.ino(), own.dev())) && p.extension() == file.extension()
     };
@@ -308,7 +310,8 @@ fn fingerprint(layout: &Layout) -> Result<String, String> {
     hash.update(format!("{compiler:?}"));
     let mut files: Vec<PathBuf> = ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"].map(PathBuf::from).into();
     for dir in ["src", "kernels/cuda", "kernels/jupyter/toolkit"] {
-        list(&layout.repository, Path::new(dir), &mut files).map_err(|e| format!("{dir}: {e}"))?;
+        list(&layout.repository, Path::new(dir), &mut files)
+            .map_err(|e| format!("{}: {e}", layout.repository.join(dir).display()))?;
     }
     files.sort();
     for file in files {

@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_panic_points_at_the_users_line() {
-        let report = Report { type_name: String::new(), message: "no".into(), file: "cell/lib.rs".into(), line: 90, column: 1 };
+        let report =
+            Report { type_name: String::new(), message: "no".into(), file: "cell/lib.rs".into(), line: 90, column: 1 };
         let place = Place { cell: Some(3), line: 2, text: "assert!(x);".into() };
         let failure = Failure::panic(&report, Some(&place));
         assert_eq!((failure.name.as_str(), failure.value.as_str()), ("Panic", "no"));

@@ -46,7 +46,8 @@ impl Connection {
             found.ok_or_else(|| format!("{at}: `{name}` is {}, expected a port", v[name]))
         };
         let ip = v["ip"].as_str().unwrap_or_default();
-        let ip: IpAddr = ip.parse().map_err(|_| format!("{at}: `ip` is {ip:?}, expected an address such as 127.0.0.1"))?;
+        let ip: IpAddr =
+            ip.parse().map_err(|_| format!("{at}: `ip` is {ip:?}, expected an address such as 127.0.0.1"))?;
         if !ip.is_loopback() {
             return Err(format!(
                 "{at}: `ip` is {ip}, and whoever reaches it could run code here; only loopback addresses are served. \
@@ -230,7 +231,8 @@ mod tests {
     /// A known answer: Python's hmac.new(b"key", b"{}{}{}{}", "sha256").
     #[test]
     fn signature_is_hmac_sha256_of_the_four_parts() {
-        let empty = Message { header: json!({}), parent: json!({}), metadata: json!({}), content: json!({}), ..message() };
+        let empty =
+            Message { header: json!({}), parent: json!({}), metadata: json!({}), content: json!({}), ..message() };
         let frames = Signer::new("key").encode(&empty).into_vec();
         assert_eq!(&frames[1][..], b"ca767b02c5bc061ed184a9a029e7f93a7f2f7ed4e8fe74120fc1212f0b008fa3");
     }
@@ -244,7 +246,9 @@ mod tests {
     #[test]
     fn frames_that_are_no_message() {
         let signer = Signer::new("key");
-        for frames in [vec!["x"], vec!["<IDS|MSG>"], vec!["<IDS|MSG>", "00"], vec!["<IDS|MSG>", "zz", "{}", "{}", "{}", "{}"]] {
+        for frames in
+            [vec!["x"], vec!["<IDS|MSG>"], vec!["<IDS|MSG>", "00"], vec!["<IDS|MSG>", "zz", "{}", "{}", "{}", "{}"]]
+        {
             let frames: Vec<Bytes> = frames.into_iter().map(Bytes::from).collect();
             assert!(signer.decode(ZmqMessage::try_from(frames).unwrap()).is_err());
         }

@@ -131,7 +131,8 @@ mod tests {
         fs::create_dir_all(from.join("deps")).unwrap();
         fs::write(from.join("deps/x.rlib"), "x").unwrap();
         fs::write(from.join("deps/x.d"), "d").unwrap();
-        clone_tree(&from, &to, &|p| if p.extension().is_some_and(|e| e == "rlib") { How::Link } else { How::Copy }).unwrap();
+        clone_tree(&from, &to, &|p| if p.extension().is_some_and(|e| e == "rlib") { How::Link } else { How::Copy })
+            .unwrap();
         let inode = |p: PathBuf| fs::metadata(p).unwrap().ino();
         assert_eq!(inode(from.join("deps/x.rlib")), inode(to.join("deps/x.rlib")));
         assert_ne!(inode(from.join("deps/x.d")), inode(to.join("deps/x.d")));

@@ -20,12 +20,19 @@ fn values_text_and_displays_in_their_order() {
 fn text_of_any_kind() {
     let mut front = Front::start();
     front.run("use std::io::Write;").ok();
-    front.run("print!(\"50 %\\r\"); std::io::stdout().flush()?; print!(\"100 %\"); std::io::stdout().flush()?;").ok().stdout("50 %\r100 %");
+    front
+        .run("print!(\"50 %\\r\"); std::io::stdout().flush()?; print!(\"100 %\"); std::io::stdout().flush()?;")
+        .ok()
+        .stdout("50 %\r100 %");
     // Bytes that are no text, and what looks like evcxr's own.
     front.run("std::io::stdout().write_all(&[b'a', 0xff, b'b', b'\\n'])?;").ok().stdout("a\u{fffd}b\n");
     front.run("println!(\"EVCXR_NOTHING\"); print!(\"E\");").ok().stdout("EVCXR_NOTHING\nE");
     front.run("eprintln!(\"to stderr\");").ok().stderr("to stderr\n");
-    front.run("std::process::Command::new(\"echo\").arg(\"from a program\").status()?.success()").ok().stdout("from a program\n").result("true");
+    front
+        .run("std::process::Command::new(\"echo\").arg(\"from a program\").status()?.success()")
+        .ok()
+        .stdout("from a program\n")
+        .result("true");
     front.run("std::thread::spawn(|| println!(\"from a thread\")).join().unwrap();").ok().stdout("from a thread\n");
     // Nothing was shifted by all that.
     front.run("2 + 2").ok().result("4");
@@ -42,7 +49,9 @@ fn the_library_is_there_and_shows_itself() {
     assert!(data["text/html"].as_str().unwrap().contains("<"), "{data}");
     drop(cell);
     // Several displays of one cell, each in its place between the text.
-    let mut cell = front.run("println!(\"one\");\ngpu.evcxr_display();\nprintln!(\"two\");\ngpu.evcxr_display();\nprintln!(\"three\");");
+    let mut cell = front.run(
+        "println!(\"one\");\ngpu.evcxr_display();\nprintln!(\"two\");\ngpu.evcxr_display();\nprintln!(\"three\");",
+    );
     cell = cell.ok().stdout("one\n");
     assert!(cell.display()["data"]["text/html"].is_string());
     cell = cell.stdout("two\n");
@@ -66,11 +75,20 @@ fn the_library_is_there_and_shows_itself() {
 fn other_crates_can_be_added() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("src")).unwrap();
-    std::fs::write(dir.path().join("Cargo.toml"), "[package]\nname = \"little-one\"\nversion = \"1.0.0\"\nedition = \"2024\"\n").unwrap();
-    std::fs::write(dir.path().join("src/lib.rs"), "#[derive(Debug)]\npub struct Little(pub u8);\npub fn seven() -> Little { Little(7) }\n").unwrap();
+    std::fs::write(
+        dir.path().join("Cargo.toml"),
+        "[package]\nname = \"little-one\"\nversion = \"1.0.0\"\nedition = \"2024\"\n",
+    )
+    .unwrap();
+    std::fs::write(
+        dir.path().join("src/lib.rs"),
+        "#[derive(Debug)]\npub struct Little(pub u8);\npub fn seven() -> Little { Little(7) }\n",
+    )
+    .unwrap();
     let mut front = Front::start();
     front.run("use tunebook::prelude::*;\nlet gpu = Gpu::preset(\"t4\")?;").ok();
-    let mut cell = front.run(&format!(":dep little-one = {{ path = {:?} }}\nlet l = little_one::seven();\nl.0", dir.path()));
+    let mut cell =
+        front.run(&format!(":dep little-one = {{ path = {:?} }}\nlet l = little_one::seven();\nl.0", dir.path()));
     cell = cell.ok();
     // What was compiled is said, in one line that is replaced.
     while let Some(m) = cell.any() {
@@ -98,7 +116,10 @@ fn what_evcxr_can_this_can() {
     front.run(":fmt {:?}").ok().result("Output format: {:?}\n");
     front.run("let mut n = 1; n += square(2); n").ok().result("5");
     front.run(":vars").ok().any();
-    let (reply, _) = front.request("execute_request", json!({"code": "1", "silent": false, "user_expressions": {"n": "n + 1", "bad": "no_such"}}));
+    let (reply, _) = front.request(
+        "execute_request",
+        json!({"code": "1", "silent": false, "user_expressions": {"n": "n + 1", "bad": "no_such"}}),
+    );
     assert_eq!(reply["user_expressions"]["n"]["data"]["text/plain"], "6");
     assert_eq!(reply["user_expressions"]["bad"]["status"], "error");
 }

@@ -8,7 +8,8 @@ fn every_failure_is_an_error_at_the_users_line() {
     front.run("let kept = 5;").ok();
     let at = front.run("let x = 1;\nassert_eq!(x, 2, \"one is not two\");").error("Panic", "one is not two");
     assert!(at.contains("line 2") && at.contains("assert_eq!(x, 2"), "{at}");
-    let at = front.run("let y = 1;\n\n\"many\".parse::<i32>()?;").error("ParseIntError", "invalid digit found in string");
+    let at =
+        front.run("let y = 1;\n\n\"many\".parse::<i32>()?;").error("ParseIntError", "invalid digit found in string");
     assert!(at.contains("line 3") && at.contains("\"many\".parse"), "{at}");
     let at = front.run("let z = 2;\nlet w: i32 = 1.5;").error("error[E0308]", "mismatched types");
     assert!(at.contains("line 2:14") && at.contains("^^^") && !at.contains("lib.rs"), "{at}");
@@ -21,7 +22,11 @@ fn every_failure_is_an_error_at_the_users_line() {
     // What the failing cells did not move is there.
     front.run("kept").ok().result("5");
     // A panic that is caught is told, and fails nothing.
-    front.run("std::panic::catch_unwind(|| panic!(\"caught\")).is_err()").ok().result("true").stderr("a panic was caught: caught\n");
+    front
+        .run("std::panic::catch_unwind(|| panic!(\"caught\")).is_err()")
+        .ok()
+        .result("true")
+        .stderr("a panic was caught: caught\n");
 }
 
 #[test]
@@ -31,7 +36,7 @@ fn the_process_dies_and_the_next_cell_works() {
     for (code, how) in [
         ("println!(\"last words\"); std::process::exit(3);", "exit status: 3"),
         ("print!(\"last words\\n\"); std::process::abort();", "SIGABRT"),
-        ("println!(\"last words\"); unsafe { *std::ptr::null_mut::<u8>() = 1 };", "SIGSEGV"),
+        ("println!(\"last words\"); unsafe { *std::hint::black_box(8 as *mut u8) = 1 };", "SIGSEGV"),
     ] {
         let cell = front.run(code).stdout("last words\n");
         let at = cell.error("Crashed", how);

@@ -46,7 +46,9 @@ fn an_interrupt_stops_the_compiler_and_an_idle_one_does_nothing() {
     front.wait_for(|m| m.content["execution_state"] == "idle");
     front.run("kept").ok().result("5");
     // Thousands of functions: seconds for rustc.
-    let code: String = (0..4000).map(|i| format!("fn f{i}(v: &[u8]) -> Vec<String> {{ v.iter().map(|x| format!(\"{{x}}\")).collect() }}\n")).collect();
+    let code: String = (0..4000)
+        .map(|i| format!("fn f{i}(v: &[u8]) -> Vec<String> {{ v.iter().map(|x| format!(\"{{x}}\")).collect() }}\n"))
+        .collect();
     let id = front.send(&code);
     front.wait_for(|m| m.kind() == "execute_input");
     std::thread::sleep(Duration::from_millis(1500));

@@ -20,7 +20,10 @@ fn requests_and_their_answers() {
     let info = ask("kernel_info_request", json!({}));
     assert!(info["protocol_version"].as_str().unwrap() >= "5.4" && info["language_info"]["name"] == "rust", "{info}");
     assert_eq!(ask("comm_info_request", json!({})), json!({"status": "ok", "comms": {}}));
-    assert_eq!(ask("is_complete_request", json!({"code": "fn f() {"})), json!({"status": "incomplete", "indent": "    "}));
+    assert_eq!(
+        ask("is_complete_request", json!({"code": "fn f() {"})),
+        json!({"status": "incomplete", "indent": "    "})
+    );
     assert_eq!(ask("is_complete_request", json!({"code": "fn f() {}"}))["status"], "complete");
     assert_eq!(ask("is_complete_request", json!({"code": "fn f) {}"}))["status"], "invalid");
     let unknown = ask("dance_request", json!({}));
@@ -37,7 +40,8 @@ fn requests_and_their_answers() {
     assert_eq!(ask("inspect_request", json!({"code": "no_such_name", "cursor_pos": 3}))["found"], false);
 
     front.run("let n = 1;").ok();
-    let (reply, _) = front.request("history_request", json!({"hist_access_type": "tail", "n": 1, "output": false, "raw": true}));
+    let (reply, _) =
+        front.request("history_request", json!({"hist_access_type": "tail", "n": 1, "output": false, "raw": true}));
     assert_eq!(reply["history"][0][2], "let n = 1;");
     front.client.send_control("debug_request", json!({"type": "request", "seq": 3, "command": "initialize"}));
     let reply = front.client.receive_control(Duration::from_secs(5)).unwrap();
@@ -146,9 +150,14 @@ fn a_connection_that_others_could_reach_is_refused() {
         json!({"ip": ip, "key": key, "transport": "tcp", "signature_scheme": "hmac-sha256", "shell_port": 1, "iopub_port": 2,
             "stdin_port": 3, "control_port": 4, "hb_port": 5})
     };
-    for (ip, key, message) in [("0.0.0.0", "k", "loopback"), ("127.0.0.1", "", "unsigned"), ("nowhere", "k", "address")] {
+    for (ip, key, message) in [("0.0.0.0", "k", "loopback"), ("127.0.0.1", "", "unsigned"), ("nowhere", "k", "address")]
+    {
         std::fs::write(&file, connection(ip, key).to_string()).unwrap();
-        let out = std::process::Command::new(env!("CARGO_BIN_EXE_tunebook-kernel")).arg("kernel").arg(&file).output().unwrap();
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_tunebook-kernel"))
+            .arg("kernel")
+            .arg(&file)
+            .output()
+            .unwrap();
         assert!(!out.status.success());
         assert!(String::from_utf8_lossy(&out.stderr).contains(message), "{out:?}");
     }
