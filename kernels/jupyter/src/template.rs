@@ -101,7 +101,7 @@ impl Template {
     ///
     /// # Errors
     /// What does not compile; a full disk.
-    pub fn build(layout: &Layout, mut progress: Option<&mut dyn FnMut(&str)>) -> Result<Template, String> {
+    pub fn build(layout: &Layout, progress: Option<&mut dyn FnMut(&str)>) -> Result<Template, String> {
         let io = |e: std::io::Error| format!("{}: {e}", layout.home().display());
         let toolchain = Toolchain::ask(&layout.repository)?;
         fs::create_dir_all(layout.home()).map_err(io)?;
@@ -128,7 +128,7 @@ impl Template {
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
         let messages = std::thread::spawn(move || stdout.lines().map_while(Result::ok).collect::<Vec<String>>());
         let mut said = Vec::new();
-        if let (Some(stderr), Some(progress)) = (child.stderr.take(), progress.as_deref_mut()) {
+        if let (Some(stderr), Some(progress)) = (child.stderr.take(), progress) {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 progress(line.trim());
                 said.push(line);

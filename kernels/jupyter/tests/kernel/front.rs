@@ -246,7 +246,11 @@ impl Cell {
         let joined = lines.join("\n");
         let mut chars = joined.chars();
         while let Some(c) = chars.next() {
-            if c == '\x1b' { drop(chars.by_ref().find(char::is_ascii_alphabetic)) } else { text.push(c) }
+            if c == '\x1b' {
+                chars.by_ref().find(char::is_ascii_alphabetic);
+            } else {
+                text.push(c);
+            }
         }
         text
     }

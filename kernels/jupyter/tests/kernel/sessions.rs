@@ -19,7 +19,7 @@ fn workspace(front: &mut Front) -> PathBuf {
     text.into()
 }
 
-fn gone(dir: &PathBuf) {
+fn gone(dir: &std::path::Path) {
     let until = Instant::now() + Duration::from_secs(5);
     while dir.exists() {
         assert!(Instant::now() < until, "{} is left", dir.display());
