@@ -59,6 +59,9 @@ pub fn for_analysis(full: &Value, source: &Path, repository: &Path, own: &[Strin
     if let Some(all) = out["packages"].as_array_mut() {
         all.retain(|p| p["id"].as_str().is_some_and(|id| keep.contains(id)));
         for p in all.iter_mut() {
+            if let Some(targets) = p["targets"].as_array_mut() {
+                targets.retain(is_library);
+            }
             if p["name"] == "tunebook"
                 && p["manifest_path"].as_str().is_some_and(|m| Path::new(m).starts_with(repository))
             {
@@ -84,11 +87,16 @@ fn package<'a>(packages: &'a [Value], id: &Value) -> &'a str {
     packages.iter().find(|p| p["id"] == *id).and_then(|p| p["name"].as_str()).unwrap_or_default()
 }
 
-/// The library alone, without its programs and tests, read from another place.
+/// Examples, tests and programs would be read, too.
+fn is_library(target: &Value) -> bool {
+    let kinds = target["kind"].as_array();
+    kinds.is_some_and(|k| k.iter().any(|k| k.as_str().is_some_and(|k| k.ends_with("lib") || k == "proc-macro")))
+}
+
+/// The library, read from another place.
 fn move_library(package: &mut Value, repository: &Path, source: &Path) {
     package["manifest_path"] = json!(source.join("Cargo.toml"));
     if let Some(targets) = package["targets"].as_array_mut() {
-        targets.retain(|t| t["kind"].as_array().is_some_and(|k| k.iter().any(|k| k == "lib" || k == "rlib")));
         for t in targets {
             let path = t["src_path"].as_str().map(Path::new).and_then(|p| p.strip_prefix(repository).ok());
             if let Some(path) = path {
