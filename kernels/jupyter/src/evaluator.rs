@@ -62,7 +62,10 @@ impl Evaluator {
         let lock = template.lock().map_err(|e| format!("{}: {e}", template.dir.display()))?;
         let to = workspace.dir().join(TEMPLATE);
         std::os::unix::fs::symlink(&template.dir, &to).map_err(|e| format!("{}: {e}", to.display()))?;
+        // evcxr tries itself with a cell of its own, whose value is nobody's.
+        link.start_cell(false, true);
         let context = start_evcxr(&template, link, publisher)?;
+        link.end_cell(false);
         let mut evaluator = Evaluator {
             context,
             link: link.clone(),
