@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use evcxr::{CommandContext, Error, EvalCallbacks, EvalContext, EvalOutputs};
+use evcxr::{CommandContext, Error, EvalContext, EvalOutputs};
 use serde_json::{Value, json};
 
 use crate::link::{Link, Report, Seen};
@@ -139,11 +139,7 @@ impl Evaluator {
             let _ = std::fs::write(self.workspace.join(PLAIN), "");
         }
         self.link.start_cell(syntax::ends_in_expression(&code), capture);
-        let publisher = self.publisher.clone();
-        let input =
-            move |r: evcxr::InputRequest| publisher.ask(&r.prompt, r.is_password).trim_end_matches('\n').to_owned();
-        let mut callbacks = EvalCallbacks { input_reader: &input };
-        let result = catch_unwind(AssertUnwindSafe(|| self.context.execute_with_callbacks(&code, &mut callbacks)));
+        let result = catch_unwind(AssertUnwindSafe(|| self.context.execute(&code)));
         let died = matches!(&result, Ok(Err(Error::SubprocessTerminated(_))));
         let mut seen = self.link.end_cell(died);
         let captured = std::mem::take(&mut seen.captured);
