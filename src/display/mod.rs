@@ -49,6 +49,11 @@ pub fn show(value: &dyn Show) {
     sink::with_sink(|s| s.show(&bundle));
 }
 
+/// Shows what is made already.
+pub fn show_bundle(bundle: &MimeBundle) {
+    sink::with_sink(|s| s.show(bundle));
+}
+
 /// Shows a value in place of the last one with the same id, if the sink [is live](Sink::is_live).
 pub fn update(id: &str, value: &dyn Show) {
     if is_live() {

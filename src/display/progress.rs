@@ -1,7 +1,7 @@
 //! How a run shows that it is running.
 
 use super::train::curves;
-use super::units::{count, number, seconds};
+use super::units::{bytes, count, number, seconds};
 use super::{Card, Cell, Show, Table};
 use crate::train::StepReport;
 
@@ -43,12 +43,15 @@ impl Show for RunProgress {
         let share = done as f64 / self.total.max(1) as f64;
         bar.row([format!("{} of {}", count(done), count(self.total)).into(), Cell::bar(share, 2)]);
         let goal = if self.last < self.total { format!(", to step {}", count(self.last)) } else { String::new() };
-        curves(
-            Card::new("Training")
-                .subtitle(format!("step {} of {}{goal}{left}", count(done), count(self.total)))
-                .table(bar),
-            &self.reports,
-            &[],
-        )
+        let mut card = Card::new("Training")
+            .subtitle(format!("step {} of {}{goal}{left}", count(done), count(self.total)))
+            .table(bar);
+        if let Some(r) = self.reports.last() {
+            card = card.facts([
+                ("now", format!("loss {:.4}, {} tokens/s", r.loss, number(r.tokens_per_second, 3))),
+                ("memory", bytes(r.arena_bytes)),
+            ]);
+        }
+        curves(card, &self.reports, &[])
     }
 }

@@ -1,12 +1,14 @@
 //! Where displays go: [`Sink`], and the two that are built in.
 
+use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// One display in its two forms; a front end takes the richest that it can show.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MimeBundle {
-    /// `text/html`: self-contained, no script.
+    /// `text/html`: self-contained, no script. Empty: there is none.
     pub html: String,
     /// `text/plain`: aligned, no newline at its end.
     pub text: String,
@@ -43,12 +45,11 @@ struct EvcxrSink;
 
 impl Sink for EvcxrSink {
     fn show(&mut self, bundle: &MimeBundle) {
-        let html = without_markers(&bundle.html);
-        let text = without_markers(&bundle.text);
-        let content = format!(
-            "EVCXR_BEGIN_CONTENT text/html\n{html}\nEVCXR_END_CONTENT\nEVCXR_BEGIN_CONTENT text/plain\n{text}\nEVCXR_END_CONTENT\n"
-        );
-        print(&content);
+        let block = |mime: &str, content: &str| {
+            format!("EVCXR_BEGIN_CONTENT {mime}\n{}\nEVCXR_END_CONTENT\n", without_markers(content))
+        };
+        let html = if bundle.html.is_empty() { String::new() } else { block("text/html", &bundle.html) };
+        print(&(html + &block("text/plain", &bundle.text)));
     }
 
     fn update(&mut self, _id: &str, bundle: &MimeBundle) {
@@ -59,6 +60,68 @@ impl Sink for EvcxrSink {
 
     fn text(&mut self, line: &str) {
         print(&format!("{}\n", without_markers(line)));
+    }
+}
+
+/// tunebook-kernel's protocol: each display is a line of JSON on a socket, and a mark on stdout at its place in the text.
+///
+/// The line comes first: the kernel shows the display when it reads the mark, so text and displays keep their order.
+struct KernelSink {
+    socket: UnixStream,
+    number: u64,
+}
+
+impl KernelSink {
+    /// The sink of this process, if the kernel has made it: `TUNEBOOK_DISPLAY` is `PID:SOCKET`. A program that a cell starts
+    /// inherits the variable, but not the PID, and prints plainly.
+    fn connect() -> Option<KernelSink> {
+        let value = std::env::var("TUNEBOOK_DISPLAY").ok()?;
+        let (pid, path) = value.split_once(':')?;
+        if pid != std::process::id().to_string() {
+            return None;
+        }
+        let mut socket = UnixStream::connect(path).ok()?;
+        writeln!(socket, "displays {pid}").ok()?;
+        Some(KernelSink { socket, number: 0 })
+    }
+
+    fn send(&mut self, op: &str, id: Option<&str>, bundle: Option<&MimeBundle>) {
+        self.number += 1;
+        let data: BTreeMap<&str, &str> = bundle
+            .into_iter()
+            .flat_map(|b| [("text/html", b.html.as_str()), ("text/plain", b.text.as_str())])
+            .filter(|(mime, content)| *mime == "text/plain" || !content.is_empty())
+            .collect();
+        let line = serde_json::json!({"number": self.number, "op": op, "id": id, "data": data});
+        // What was printed before, and by whatever thread, comes before.
+        let mut out = std::io::stdout().lock();
+        // A kernel that is gone is no reason to stop a training run.
+        let _ = out.flush();
+        if self.socket.write_all(format!("{line}\n").as_bytes()).is_ok() {
+            let _ = write!(out, "\u{1e}TUNEBOOK {}\n", self.number).and_then(|()| out.flush());
+        }
+    }
+}
+
+impl Sink for KernelSink {
+    fn show(&mut self, bundle: &MimeBundle) {
+        self.send("display", None, Some(bundle));
+    }
+
+    fn update(&mut self, id: &str, bundle: &MimeBundle) {
+        self.send("update", Some(id), Some(bundle));
+    }
+
+    fn clear(&mut self, id: &str) {
+        self.send("clear", Some(id), None);
+    }
+
+    fn text(&mut self, line: &str) {
+        print(&format!("{line}\n"));
+    }
+
+    fn is_live(&self) -> bool {
+        true
     }
 }
 
@@ -100,7 +163,8 @@ pub fn set_sink(sink: Box<dyn Sink>) {
     *sink_slot() = Some(sink);
 }
 
-/// Goes back to the built-in sink: evcxr's markers when the process is evcxr's, else plain text on stdout.
+/// Goes back to the built-in sink: tunebook-kernel's protocol or evcxr's markers when the process is theirs, else plain text
+/// on stdout.
 pub fn reset_sink() {
     *sink_slot() = None;
 }
@@ -116,6 +180,9 @@ pub(super) fn with_sink<T>(f: impl FnOnce(&mut dyn Sink) -> T) -> T {
 }
 
 fn built_in() -> Box<dyn Sink> {
+    if let Some(sink) = KernelSink::connect() {
+        return Box::new(sink);
+    }
     // Set by evcxr in the process that runs the cells.
     if std::env::var_os("EVCXR_IS_RUNTIME").is_some() { Box::new(EvcxrSink) } else { Box::new(TextSink) }
 }
