@@ -11,10 +11,12 @@ mod environment;
 mod error;
 pub mod files;
 pub mod generate;
+pub mod lesson;
 pub mod lora;
 pub mod model;
 pub mod nf4;
 pub mod plan;
+pub mod survey;
 pub mod train;
 
 pub use environment::{Environment, environment};

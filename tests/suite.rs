@@ -34,6 +34,8 @@ mod estimate;
 mod generate;
 #[path = "suite/kill_resume.rs"]
 mod kill_resume;
+#[path = "suite/lesson.rs"]
+mod lesson;
 #[path = "suite/lora.rs"]
 mod lora;
 #[path = "suite/model.rs"]

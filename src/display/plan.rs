@@ -26,7 +26,7 @@ pub(super) fn stage_colour(stage: Stage) -> usize {
 }
 
 /// The colour of what the placement leaves unused.
-const UNUSED: usize = 11;
+pub(super) const UNUSED: usize = 11;
 
 impl Show for MemoryPlan {
     fn card(&self) -> Card {
