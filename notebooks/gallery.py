@@ -2,6 +2,7 @@
 """The notebooks as a small site that can be read without running anything.
 
     notebooks/gallery.py notebooks/[0-9]*.ipynb --out target/gallery
+    notebooks/gallery.py notebooks/[0-9]*.ipynb --pictures notebooks/images   # the README's, with Chromium
 
 Each page stands alone: no script, no font and no picture from elsewhere, light and dark. Outputs are shown as they are
 saved in the notebook.
@@ -10,6 +11,10 @@ saved in the notebook.
 import argparse
 import html
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import mistune
@@ -47,6 +52,14 @@ CODE = (
     + HtmlFormatter(style="github-dark", cssclass="in").get_style_defs(".in")
     + "}.in{background:var(--soft)!important}"
 )
+
+
+# The README's pictures: file, notebook, beginning of the display's text, and which of those, width and height in pixels.
+PICTURES = [
+    ("plan.png", "01", "Memory plan: QLoRA of mistral-7b-v0.1", 0, 760, 780),
+    ("block.png", "02", "Block 0 in NF4", 0, 600, 398),
+    ("lora.png", "04", "2 B A [5, 6]", 0, 800, 190),
+]
 
 
 def page(title, body):
@@ -90,12 +103,34 @@ def heading(nb):
     return lines[0].lstrip("# ").strip(), promise
 
 
+def pictures(lessons, out):
+    """Draws single outputs, at twice the size that they have on a page."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        sys.exit("no Chromium on this machine: apt install chromium")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, number, begins, which, width, height in PICTURES:
+        nb = next(nb for path, nb in lessons if path.name.startswith(number))
+        shown = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+        found = [o for o in shown if o.data.get("text/plain", "").startswith(begins)]
+        with tempfile.TemporaryDirectory() as tmp:
+            source = Path(tmp) / "output.html"
+            source.write_text(page(name, output(found[which])).replace("<main>", '<main style="padding:8px 16px">'), encoding="utf-8")
+            command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=2"]
+            size = [f"--window-size={width},{height}", f"--screenshot={(out / name).resolve()}", source.as_uri()]
+            subprocess.run(command + size, check=True, capture_output=True)
+        print(out / name)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("target/gallery"))
+    parser.add_argument("--out", type=Path, default=Path("target/gallery"), help="where the pages go")
+    parser.add_argument("--pictures", type=Path, help="draws the README's pictures there instead")
     args = parser.parse_args()
     lessons = [(path, nbformat.read(path, as_version=4)) for path in sorted(args.notebooks)]
+    if args.pictures:
+        return pictures(lessons, args.pictures)
     args.out.mkdir(parents=True, exist_ok=True)
     cards = []
     for i, (path, nb) in enumerate(lessons):

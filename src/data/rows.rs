@@ -11,6 +11,8 @@ use serde_json::{Map, Value};
 use crate::{Error, Result};
 
 /// Rows with named columns, each value as JSON has it. Cloning shares them.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone)]
 pub struct Rows {
     rows: Arc<Vec<Row>>,

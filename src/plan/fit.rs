@@ -5,6 +5,8 @@ use crate::train::Optim;
 use crate::{Error, Result};
 
 /// A plan on a card.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone)]
 pub struct Fit {
     /// The card.
@@ -43,6 +45,8 @@ pub struct FitTable {
 }
 
 /// A plan chosen for a card, and why.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone)]
 pub struct Fitted {
     /// The plan.
