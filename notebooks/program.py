@@ -6,6 +6,7 @@
     notebooks/program.py check notebooks/10_*.ipynb       # whether that file is current
     notebooks/program.py fill notebooks/10_*.ipynb LOG    # puts what the program printed back into the notebook
 
+The program of `write` is run in notebooks/, e.g. `(cd notebooks && cargo run --example lesson_10 >10.log)`.
 `run` needs the library as `binder/library` or `cargo build` leaves it in CARGO_TARGET_DIR (or target).
 
 The program runs the cells in order, as the kernel would: the last expression of a cell shows itself, `?` ends it. It
@@ -26,7 +27,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MARK = "TUNEBOOK_CELL"
 # Statements that end with their brace.
-BLOCKS = re.compile(r"\s*(pub |fn |for |while |loop\b|if |struct |enum |impl |unsafe |\{)")
+BLOCKS = re.compile(r"\s*(pub |fn |for |while |loop\b|if |match |struct |enum |impl |unsafe |\{)")
 
 HEAD = """\
 //! Made from {name} by notebooks/program.py; edit the notebook.
@@ -90,7 +91,8 @@ def split(source):
             depth += 1
         elif c in ")]}":
             depth -= 1
-            if c == "}" and depth == 0 and BLOCKS.match(source[start:]) and not source[i + 1 :].lstrip().startswith("."):
+            goes_on = source[i + 1 :].lstrip().startswith((".", "?", "else"))
+            if c == "}" and depth == 0 and BLOCKS.match(source[start:]) and not goes_on:
                 start = i + 1
         elif c == ";" and depth == 0:
             start = i + 1
@@ -124,6 +126,13 @@ def program(nb, name):
                 out.append("    {\n" + shown + "    }\n")
     out.append(f'    println!("\\n{MARK} end");\n    Ok(())\n}}\n')
     return "".join(out)
+
+
+def formatted(source):
+    """As `cargo fmt` wants it."""
+    command = ["rustfmt", "--edition=2024", f"--config-path={EXAMPLES.parent}"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else sys.exit(done.stderr)
 
 
 def outputs(text):
@@ -243,7 +252,7 @@ def main():
         write(fill(read(args.notebook), args.log.read_text(encoding="utf-8")), args.notebook)
         return 0
     rust = EXAMPLES / f"lesson_{args.notebook.name[:2]}.rs"
-    source = program(read(args.notebook), args.notebook.name)
+    source = formatted(program(read(args.notebook), args.notebook.name))
     if args.action == "write":
         rust.write_text(source, encoding="utf-8")
         print(rust)

@@ -43,6 +43,7 @@ CELLS = {
     "fn f() -> i32 {\n    1\n}\nf()": ("fn f() -> i32 {\n    1\n}", "f()"),
     'let s = "a;b}";\nprintln!("{s}");\ncheck("x;", \'}\', 1)?': ('let s = "a;b}";\nprintln!("{s}");', 'check("x;", \'}\', 1)?'),
     "lora::discover(&m, r\".*;\").map(|f| {\n    f\n})": ("", "lora::discover(&m, r\".*;\").map(|f| {\n    f\n})"),
+    "if a {\n    b();\n} else {\n    c();\n}": ("if a {\n    b();\n} else {\n    c();\n}", ""),
     "let x = 1; // a; b\n": ("let x = 1;", ""),
 }
 
