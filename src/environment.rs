@@ -16,6 +16,8 @@ pub struct Environment {
 }
 
 /// Reads the environment.
+///
+/// `notebooks/00_start_here.ipynb` explains it.
 pub fn environment() -> Environment {
     Environment {
         tunebook: env!("CARGO_PKG_VERSION").into(),

@@ -12,10 +12,12 @@ mod error;
 pub mod files;
 pub mod generate;
 mod json;
+pub mod lesson;
 pub mod lora;
 pub mod model;
 pub mod nf4;
 pub mod plan;
+pub mod survey;
 pub mod train;
 
 pub use environment::{Environment, environment};

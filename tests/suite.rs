@@ -49,6 +49,8 @@ mod gguf;
 mod hub;
 #[path = "suite/kill_resume.rs"]
 mod kill_resume;
+#[path = "suite/lesson.rs"]
+mod lesson;
 #[path = "suite/lora.rs"]
 mod lora;
 #[path = "suite/model.rs"]

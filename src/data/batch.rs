@@ -5,6 +5,8 @@ use crate::{Error, Result};
 
 /// A micro-batch: the tokens of B examples one after another, N tokens in all.
 ///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
+///
 /// `labels` are **shifted**: `labels[t]` is the token that position `t` has to predict, [`IGNORE_INDEX`] where there is no
 /// loss, which includes the last token of each example.
 #[derive(Clone, Debug, PartialEq, Eq)]

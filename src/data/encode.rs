@@ -47,6 +47,8 @@ pub enum TrainOn {
 }
 
 /// How rows become examples.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DataConfig {
     /// How a row becomes text.
@@ -152,6 +154,8 @@ enum Outcome {
 }
 
 /// Tokenizes rows; the [`DataReport`] of what became of each is in [`Dataset::report`].
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 ///
 /// Prompt tokens have the label -100 where only completions are trained on. The mask goes by the bytes of the text that each
 /// token came from: a token with at least one byte of the completion is trained on.

@@ -13,6 +13,8 @@ use crate::data::{RowFile, row_file};
 use crate::{Error, Result};
 
 /// Rows with named columns, each value as JSON has it. Cloning shares them.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone)]
 pub struct Rows {
     rows: Arc<Vec<Row>>,

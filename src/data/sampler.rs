@@ -9,6 +9,8 @@ use crate::{Error, Result};
 
 /// The order of the examples in one epoch: a permutation of `0..ds.len()`.
 ///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
+///
 /// Each (seed, epoch) pair has its own stream of ChaCha8, so epoch 7 needs no epoch 6. With `group_by_length`, micro-batches
 /// hold examples of similar length (see [`length_grouped`]).
 ///

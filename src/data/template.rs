@@ -7,6 +7,8 @@ use crate::{Error, Result};
 
 /// Prompt and completion with the columns of a row in `{braces}`; `{{` and `}}` are braces themselves.
 ///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
+///
 /// ```
 /// use tunebook::data::{InstructionTemplate, Rows};
 /// let template = InstructionTemplate::new("Q: {question}\nA:", " {answer}");

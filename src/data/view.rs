@@ -22,6 +22,8 @@ pub struct TokenView {
 }
 
 /// The tokens of one batch with their texts, and which of them are trained on.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BatchView {
     /// Every token in order, N of them.

@@ -22,6 +22,9 @@ pub(super) const PALETTE: [(&str, &str); 12] = [
     ("#bfc4cb", "#5d636d"), // pale
 ];
 
+/// Width of a full bar in a table, in pixels.
+const BAR: f64 = 120.0;
+
 /// Text for the inside of an element or of an attribute in double quotes.
 ///
 /// Every text that reaches a display passes through here: names come from files that nobody checked.
@@ -47,16 +50,17 @@ pub(super) fn colour(i: usize) -> String {
 }
 
 pub(super) fn card(card: &Card) -> String {
-    let mut out = format!("<div class=\"tb\">{}", style());
-    write!(out, "<div class=\"tb-title\">{}</div>", escape(&card.title)).ok();
+    let mut body = String::new();
+    if !card.title.is_empty() {
+        write!(body, "<div class=\"tb-title\">{}</div>", escape(&card.title)).ok();
+    }
     if let Some(subtitle) = &card.subtitle {
-        write!(out, "<div class=\"tb-sub\">{}</div>", escape(subtitle)).ok();
+        write!(body, "<div class=\"tb-sub\">{}</div>", escape(subtitle)).ok();
     }
     for block in &card.blocks {
-        out.push_str(&self::block(block));
+        body.push_str(&self::block(block));
     }
-    out.push_str("</div>");
-    out
+    format!("<div class=\"tb\">{}{body}</div>", style(&body))
 }
 
 fn block(block: &Block) -> String {
@@ -122,7 +126,7 @@ fn cell(cell: &Cell) -> String {
         if share == 0.0 {
             return String::new();
         }
-        let width = 160.0 * share;
+        let width = BAR * share;
         return format!("<i class=\"tb-bar\" style=\"width:{width:.1}px;background:{}\"></i>", self::colour(colour));
     }
     let swatch = cell
@@ -132,21 +136,31 @@ fn cell(cell: &Cell) -> String {
     if cell.code { format!("{swatch}<code>{text}</code>") } else { format!("{swatch}{text}") }
 }
 
-/// The style sheet, repeated in each output: a notebook shows, moves and deletes each output on its own.
-fn style() -> String {
+/// The style sheet, repeated in each output, because a notebook shows, moves and deletes each output on its own; only the
+/// rules and colours that `body` uses, because it is saved with each.
+fn style(body: &str) -> String {
+    let used = |class: &str| ['"', ' '].iter().any(|end| body.contains(&format!("{class}{end}")));
+    let rules: String =
+        STYLE.lines().filter(|rule| classes(rule).is_empty() || classes(rule).iter().any(|c| used(c))).collect();
     let palette = |dark: bool| -> String {
-        let value = |(i, (l, d)): (usize, &(&str, &str))| format!("--tb-{i}:{};", if dark { d } else { l });
-        PALETTE.iter().enumerate().map(value).collect()
+        let used = |i: &usize| [body, &rules].iter().any(|text| text.contains(&format!("var(--tb-{i}")));
+        let value = |i: usize| format!("--tb-{i}:{};", if dark { PALETTE[i].1 } else { PALETTE[i].0 });
+        (0..PALETTE.len()).filter(used).map(value).collect()
     };
     let light = format!("{}--tb-on:#fff;--tb-good:#14795b;--tb-bad:#b3401f", palette(false));
     let dark = format!("{}--tb-on:#14171c;--tb-good:#4cc3a0;--tb-bad:#f08a68", palette(true));
     format!(
         "<style>.tb{{{light}}}\
          @media (prefers-color-scheme:dark){{.tb{{{dark}}}}}\
-         [data-jp-theme-light=\"true\"] .tb{{{light}}}\
-         [data-jp-theme-light=\"false\"] .tb,.vscode-dark .tb{{{dark}}}\
-         .vscode-light .tb{{{light}}}{STYLE}</style>"
+         [data-jp-theme-light=\"true\"] .tb,.vscode-light .tb{{{light}}}\
+         [data-jp-theme-light=\"false\"] .tb,.vscode-dark .tb{{{dark}}}{rules}</style>"
     )
+}
+
+/// The classes of a rule's selector, beside `tb` itself.
+fn classes(rule: &str) -> Vec<&str> {
+    let selector = rule.split('{').next().unwrap_or_default();
+    selector.split(|c: char| !c.is_ascii_lowercase() && c != '-').filter(|name| name.starts_with("tb-")).collect()
 }
 
 const STYLE: &str = include_str!("style.css");

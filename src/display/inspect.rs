@@ -192,10 +192,10 @@ impl Show for Comparison {
             .numbers("error / weight", "")
             .words("")
             .numbers("SQNR", "dB")
-            .numbers("mean squared error", "")
-            .numbers("largest error", "")
+            .numbers("MSE", "")
+            .numbers("largest", "")
             .numbers("entropy", "bits")
-            .numbers("bits per weight", "");
+            .numbers("bits/weight", "");
         let relative = |s: &SchemeReport| s.inspection.error.as_ref().map_or(0.0, |e| e.relative);
         let (least, most) =
             self.schemes.iter().map(relative).fold((f64::INFINITY, 0.0_f64), |(l, h), v| (l.min(v), h.max(v)));

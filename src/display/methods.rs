@@ -3,7 +3,7 @@
 use super::estimate::part_colour;
 use super::plan::stage_colour;
 use super::svg::{Bar, Segment, stacked_bars};
-use super::units::{ByteUnit, count};
+use super::units::{ByteUnit, short_count};
 use super::{Card, Cell, Show, Table, Tone, shown};
 use crate::plan::{Estimate, Gpu, MemoryPlan, MethodTable, Part, Stage};
 
@@ -56,11 +56,10 @@ fn table(methods: &MethodTable, unit: ByteUnit, largest: u64) -> Table {
     let mut t = Table::new()
         .words("method")
         .numbers("here", unit.decimal)
-        .numbers("here", unit.binary)
         .words("")
         .numbers("elsewhere", unit.decimal)
         .numbers("ratio", "")
-        .numbers("trained parameters", "")
+        .numbers("trained", "")
         .words("smallest card");
     for row in &methods.rows {
         let (here, elsewhere) = (row.plan.arena_bytes(), row.estimate.total);
@@ -70,11 +69,10 @@ fn table(methods: &MethodTable, unit: ByteUnit, largest: u64) -> Table {
         t.row([
             Cell::new(&row.name),
             Cell::new(unit.decimal(here)).tone(Tone::Strong),
-            unit.binary(here).into(),
             Cell::bar(here as f64 / largest.max(1) as f64, 0),
             Cell::new(unit.decimal(elsewhere)).tone(Tone::Muted),
             Cell::new(format!("{:.2}", elsewhere as f64 / here.max(1) as f64)).tone(Tone::Muted),
-            Cell::new(if trained > 0 { count(trained) } else { "-".to_owned() }),
+            Cell::new(if trained > 0 { short_count(trained) } else { "-".to_owned() }),
             Cell::new(card).tone(Tone::Muted),
         ]);
     }

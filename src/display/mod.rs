@@ -11,9 +11,11 @@ mod download;
 mod environment;
 mod estimate;
 mod fit;
+mod free;
 mod generate;
 pub mod html;
 mod inspect;
+mod lesson;
 mod lora;
 mod merge;
 mod methods;
@@ -28,6 +30,7 @@ mod train;
 pub mod units;
 
 pub use card::{Align, Block, Card, Cell, Column, Row, Table, Tone};
+pub use free::{Chart, Matrices, chart, matrices, table};
 pub(crate) use progress::RunProgress;
 pub use sink::{MimeBundle, Sink, reset_sink, set_sink};
 

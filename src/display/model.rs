@@ -74,13 +74,13 @@ fn parts(spec: &ModelSpec) -> Table {
     let total = spec.total_params().max(1);
     let mut t = Table::new().words("part").numbers("parameters", "").numbers("share", "").words("").words("in QLoRA");
     let rows = [
-        ("embed_tokens", table, 8, "stays 16-bit"),
+        ("embed_tokens", table, 7, "stays 16-bit"),
         ("attention", attention, 0, "NF4"),
-        ("mlp", mlp, 1, "NF4"),
+        ("mlp", mlp, 0, "NF4"),
         ("experts", experts, 2, "stay 16-bit"),
-        ("biases", biases, 6, "stay 16-bit"),
+        ("biases", biases, 7, "stay 16-bit"),
         ("norms", norms, 7, "stay 16-bit"),
-        ("lm_head", head, 5, if head == 0 { "tied to embed_tokens" } else { "stays 16-bit" }),
+        ("lm_head", head, 7, if head == 0 { "tied to embed_tokens" } else { "stays 16-bit" }),
     ];
     for (name, params, colour, qlora) in rows {
         if params == 0 && matches!(name, "mlp" | "experts" | "biases") {

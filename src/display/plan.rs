@@ -6,7 +6,7 @@ use super::{Card, Cell, Show, Table, Tone, shown, text};
 use crate::plan::{Gpu, MemoryPlan, Phase, Stage, TimelinePoint};
 
 /// Columns of the timeline: more operations than these are gathered, the fullest of each group shown.
-const COLUMNS: usize = 480;
+const COLUMNS: usize = 360;
 
 /// The colour of a stage; the same as that of the same part of an estimate.
 pub(super) fn stage_colour(stage: Stage) -> usize {
@@ -26,7 +26,7 @@ pub(super) fn stage_colour(stage: Stage) -> usize {
 }
 
 /// The colour of what the placement leaves unused.
-const UNUSED: usize = 11;
+pub(super) const UNUSED: usize = 11;
 
 impl Show for MemoryPlan {
     fn card(&self) -> Card {

@@ -4,6 +4,7 @@
 //! by CSS variables and `currentColor`.
 
 mod bars;
+mod compact;
 mod field;
 mod series;
 
@@ -194,7 +195,9 @@ fn recolour(svg: &str, frame: &Frame) -> String {
     for i in 0..PALETTE.len() {
         out = out.replace(&format!("#01{i:02X}EE"), &colour(i));
     }
-    out.replace("#0200EE", "currentColor").replace("#0300EE", "var(--tb-on,#fff)").replace("#0400EE", "#14171c")
+    let out =
+        out.replace("#0200EE", "currentColor").replace("#0300EE", "var(--tb-on,#fff)").replace("#0400EE", "#14171c");
+    compact::compact(&out)
 }
 
 /// Text in a chart, anchored.

@@ -33,6 +33,8 @@ use optimizer::AdamWHyper;
 
 /// A model in its arena: takes steps, evaluates, gives logits, generates.
 ///
+/// `notebooks/10_mistral_7b_on_your_gpu.ipynb` explains it.
+///
 /// It allocates [`MemoryPlan::arena_bytes`] once and nothing that lasts afterwards. Weights come in by
 /// [`Engine::load`].
 pub struct Engine {

@@ -45,6 +45,8 @@ impl ExactMatch {
 
 /// Asks one question through the chat template and lets the model answer greedily.
 ///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
+///
 /// # Errors
 /// As [`generate_chat`](super::generate_chat()).
 pub fn answer(
@@ -59,6 +61,8 @@ pub fn answer(
 }
 
 /// Asks every row's first user message, greedily with at most 32 new tokens, and compares with its assistant message.
+///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
 ///
 /// # Errors
 /// A row without `messages` of a user and an assistant, with its place; errors of the model.

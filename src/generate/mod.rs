@@ -103,6 +103,8 @@ impl fmt::Debug for Generation {
 
 /// Continues a prompt.
 ///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
+///
 /// The prompt is encoded by [`Tokenizer::encode`], so it gets a bos where the tokenizer wants one. The decoder is reset first.
 ///
 /// # Errors

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// How the next token is chosen, and when to stop. Field names and meanings are those of transformers' `GenerationConfig`.
+///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Sampling {

@@ -49,6 +49,8 @@ impl fmt::Debug for LoraPair {
 }
 
 /// A LoRA adapter in memory, in f32.
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 #[derive(Clone, PartialEq)]
 pub struct Adapter {
     /// What `adapter_config.json` says.

@@ -11,6 +11,8 @@ use crate::{Error, Result};
 
 /// Which linear modules get a LoRA pair; PEFT's `target_modules` and `exclude_modules`.
 ///
+/// `notebooks/05_find_the_targets.ipynb` explains it.
+///
 /// In files, as in PEFT: `"all-linear"`, a list, or any other string, which is a regular expression. From a Rust
 /// string, [`Targets::from`] also takes a list with commas: `"q_proj,v_proj"`.
 #[derive(Clone, PartialEq, Eq)]
@@ -150,6 +152,8 @@ impl<'de> Deserialize<'de> for Targets {
 }
 
 /// How the adapter is made: PEFT's `LoraConfig`, with its names.
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 ///
 /// A module computes `y = W x + scaling * B A dropout(x)`, with `A [r, in]`, `B [out, r]`, W frozen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

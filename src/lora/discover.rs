@@ -67,6 +67,8 @@ impl TargetGroup {
 
 /// Finds the modules that `targets` means: `"all-linear"`, a list of names, or a regular expression.
 ///
+/// `notebooks/05_find_the_targets.ipynb` explains it.
+///
 /// # Errors
 /// A listed name that is no linear module (with the nearest that is), a regular expression that is not valid or
 /// matches nothing, and `lm_head` where it is tied to the embedding table.

@@ -37,6 +37,8 @@ pub struct MergeOnto {
 
 /// Opens a model directory and an adapter directory for merging; only headers are read.
 ///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
+///
 /// ```no_run
 /// use tunebook::lora::{self, MergeBase};
 /// use tunebook::nf4::Nf4Config;

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::nf4::Nf4Config;
 
 /// The weights that `ΔW = scaling * B A` is added to. There is no default: the choice changes the model.
+///
+/// `notebooks/08_merge_and_generate.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MergeBase {
     /// The original 16- or 32-bit weights W: `round(W + ΔW)`. A QLoRA adapter was trained beside other weights (the

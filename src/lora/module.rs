@@ -11,6 +11,8 @@ use crate::{Error, Result};
 
 /// A frozen linear layer whose weight stays in 4 bits: `y = x dequantize(W)^T + bias`.
 ///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
+///
 /// The weight is decoded for each product, forward and backward, and dropped again: between them only the 4 bits are
 /// in memory. The gradient reaches `x` (and `bias`, if that is a variable), never `W`. On the CPU, in f32; other
 /// dtypes are converted and back.
@@ -125,6 +127,8 @@ pub enum FrozenLinear {
 }
 
 /// A linear layer with a LoRA pair: `y = base(x) + scaling * (x A^T) B^T`.
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 ///
 /// `A` and `B` are candle variables: give [`vars`](LoraLinear::vars) to an optimizer. The base is frozen.
 #[derive(Clone, Debug)]

@@ -12,6 +12,8 @@ use crate::nf4::Nf4Tensor;
 use crate::{Error, Result, files};
 
 /// A model directory: `config.json`, safetensors, tokenizer. Cheap to clone; only headers are in memory.
+///
+/// `notebooks/00_start_here.ipynb` explains it.
 #[derive(Clone)]
 pub struct Base(Arc<Inner>);
 

@@ -171,6 +171,8 @@ pub enum RopeScaling {
 }
 
 /// The shape of a decoder-only transformer. All sizes are element counts; ids are token ids.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// The name shown for it: a preset's name, a directory's name or a hub id.

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// Which sixteen values a 4-bit number stands for. In files: `"nf4"` and `"fp4"`.
+///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantType {
@@ -134,6 +136,8 @@ pub struct LevelDerivation {
 }
 
 /// Derives NF4's values from the quantiles of the normal distribution.
+///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
 ///
 /// Between `offset` and 1/2 lie eight evenly spaced probabilities for the positive values and seven for the negative
 /// ones (so that zero is a value, which makes the code asymmetric); the quantile of each, divided by the largest, is a

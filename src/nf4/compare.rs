@@ -34,6 +34,8 @@ pub struct Comparison {
 /// Quantizes `t` to NF4, FP4 and plain int4 with the same blocks, each with f32 and with nested absmax, and measures the
 /// errors.
 ///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
+///
 /// Plain int4 is linear: `round(7 x / absmax)`, a number from -7 to 7 (ties to even).
 ///
 /// ```

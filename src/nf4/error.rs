@@ -28,6 +28,8 @@ pub struct BlockError {
 }
 
 /// How far the decoded values (`code * absmax` in f32) are from the original ones.
+///
+/// `notebooks/03_inspect_a_model.ipynb` explains it.
 #[derive(Clone, PartialEq)]
 pub struct ErrorReport {
     /// Mean of the squared errors.

@@ -76,6 +76,8 @@ impl SerializedBytes {
 }
 
 /// A 4-bit tensor looked at from inside; made by [`Nf4Tensor::inspect`] and [`Nf4Tensor::inspect_against`].
+///
+/// `notebooks/03_inspect_a_model.ipynb` explains it.
 #[derive(Clone, PartialEq)]
 pub struct Inspection {
     /// The sixteen values.

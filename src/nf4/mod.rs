@@ -26,6 +26,7 @@
 //! ```
 
 mod absmax;
+mod block;
 mod bnb;
 mod codebook;
 mod compare;
@@ -41,6 +42,7 @@ mod tensor;
 mod widest;
 
 pub use absmax::{Absmax, AbsmaxRef};
+pub use block::{BlockElement, BlockView};
 pub use bnb::BnbTensor;
 pub use codebook::{FP4_THRESHOLDS, LevelDerivation, NF4_THRESHOLDS, QuantType, derive_levels};
 pub use compare::{Comparison, SchemeReport, compare};

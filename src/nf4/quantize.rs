@@ -17,6 +17,8 @@ pub(super) const CHUNK: usize = 1 << 16;
 
 /// Quantizes a tensor to 4 bits.
 ///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
+///
 /// `t`: f32, bf16 or f16, any shape with at least one element and any layout; what is not contiguous or not on the CPU
 /// is copied first. A contiguous one is read in place, without a copy in f32.
 ///

@@ -13,6 +13,8 @@ use crate::{Error, Result};
 
 /// How to quantize. Field names and defaults follow bitsandbytes' `bnb_4bit_*` options, except that nested quantization
 /// is on, as in QLoRA.
+///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Nf4Config {
@@ -198,6 +200,8 @@ impl Nf4Storage {
 
 /// Bytes of the parts for `n` elements: `ceil(n/2)` packed and `4 ceil(n/blocksize)` of absmax; nested,
 /// `ceil(n/blocksize) + 4 ceil(ceil(n/blocksize)/nested_blocksize)`. The nested offset is a scalar and is not counted.
+///
+/// `notebooks/02_nf4_by_hand.ipynb` explains it.
 ///
 /// ```
 /// use tunebook::nf4::{Nf4Config, storage};

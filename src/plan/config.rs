@@ -46,6 +46,8 @@ impl Method {
 }
 
 /// Which layers keep only their input and are computed again in the backward pass (gradient checkpointing).
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Checkpointing {

@@ -87,6 +87,8 @@ pub struct Moment {
 }
 
 /// The memory of one run under transformers + PEFT + bitsandbytes.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, PartialEq)]
 pub struct Estimate {
     /// The model's name.

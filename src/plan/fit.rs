@@ -6,6 +6,8 @@ use crate::train::Optim;
 use crate::{Error, Result};
 
 /// A plan on a card.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone)]
 pub struct Fit {
     /// The card.
@@ -44,6 +46,8 @@ pub struct FitTable {
 }
 
 /// A plan chosen for a card, and why.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone)]
 pub struct Fitted {
     /// The plan.

@@ -5,6 +5,8 @@ use crate::{Error, Result};
 const MIB: u64 = 1 << 20;
 
 /// A graphics card as far as memory planning needs it. All sizes are bytes.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Gpu {
     /// The preset's name (`rtx-4090`) or the name that you gave.

@@ -23,6 +23,8 @@ const MIN_CONTEXT: usize = 256;
 
 /// Every byte of a run: what the engine allocates once and never adds to.
 ///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
+///
 /// ```
 /// use tunebook::plan::MemoryPlan;
 /// use tunebook::model::ModelSpec;
@@ -454,6 +456,8 @@ fn spare_context(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> usize 
 }
 
 /// Sets what differs from the defaults of a method.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, Debug)]
 pub struct PlanBuilder {
     spec: ModelSpec,

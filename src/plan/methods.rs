@@ -19,6 +19,8 @@ pub struct MethodRow {
 }
 
 /// The same sizes under every method; made by [`MemoryPlan::methods`].
+///
+/// `notebooks/09_trade_offs.ipynb` explains it.
 #[derive(Clone)]
 pub struct MethodTable {
     /// The model's name.

@@ -8,11 +8,13 @@ mod config;
 pub mod estimate;
 mod fit;
 pub mod gpu;
+mod kept;
 mod memory;
 mod methods;
 mod pack;
 mod region;
 mod scratch;
+mod side_by_side;
 
 pub use config::{Checkpointing, DeviceKind, Method, PlanConfig};
 pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
@@ -25,3 +27,4 @@ pub use methods::{MethodRow, MethodTable};
 pub use pack::ALIGNMENT;
 pub use region::{Lifetime, Phase, Region, Space, Stage};
 pub use scratch::scratch_bytes;
+pub use side_by_side::{SideBySide, side_by_side};

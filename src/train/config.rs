@@ -9,6 +9,8 @@ use super::config_check;
 use crate::{Error, Result};
 
 /// The optimizer. All are AdamW; they differ in the memory of their two moments and in where that memory is.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Optim {
     /// `adamw` (`adamw_torch`): moments in f32, 8 bytes for each trained parameter; decays before the update.
@@ -67,6 +69,8 @@ impl FromStr for Optim {
 }
 
 /// The shape of the learning rate over the steps; see [`lr_at`](super::lr_at) for the formulae.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrScheduler {
@@ -112,6 +116,8 @@ impl FromStr for LrScheduler {
 }
 
 /// What to train with: the fields of transformers' `TrainingArguments` that apply, under their names.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 ///
 /// The defaults are those of the QLoRA paper for 7B models where it gives one (learning rate, clipping, betas, constant
 /// schedule), not transformers', which are for full fine-tuning. Nothing derived is stored: see

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Asks every loop of this process to stop between two micro-steps. Only stores one flag, so a signal handler may call it.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 pub fn interrupt() {
     STOP.store(true, Ordering::SeqCst);
 }

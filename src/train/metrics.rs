@@ -18,6 +18,8 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 pub const EVALUATIONS_FILE: &str = "evaluations.jsonl";
 
 /// One optimizer step, in numbers.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StepReport {
@@ -138,6 +140,8 @@ impl fmt::Display for EvalReport {
 }
 
 /// All that a run has reported so far.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 #[derive(Clone, Default, PartialEq)]
 pub struct Metrics {
     /// Every step, ascending.

@@ -24,6 +24,8 @@ const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// A training run: an engine, a data set, a configuration, and a directory that lets it be resumed.
 ///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
+///
 /// Checkpoints are written every `save_steps` steps, at the end, and by [`Run::checkpoint`]. A process that is killed at any
 /// instant goes on from the last whole one by [`Run::resume`]; the losses and the adapter are then the same, bit for
 /// bit, as if it had never stopped.

@@ -24,6 +24,8 @@ pub fn lr_at(cfg: &TrainConfig, step: u64, total: u64) -> f64 {
 }
 
 /// The learning rates of all `total` steps: what a plot shows.
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 pub fn lr_curve(cfg: &TrainConfig, total: u64) -> Vec<f64> {
     (0..total).map(|step| lr_at(cfg, step, total)).collect()
 }

@@ -18,6 +18,8 @@ use crate::{Error, Result};
 /// A model's chat template, rendered as transformers renders it (`apply_chat_template`): blocks trimmed, Python's
 /// string methods, `raise_exception`, `strftime_now`, `tojson` and `{% generation %}`.
 ///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
+///
 /// ```
 /// use tunebook::data::{ChatOptions, ChatTemplate, message};
 /// let template = ChatTemplate::new(

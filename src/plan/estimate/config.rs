@@ -54,6 +54,8 @@ impl EstimateMethod {
 }
 
 /// How attention is computed.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attention {
     /// Flash attention or `scaled_dot_product_attention`: memory grows with the length.
@@ -72,6 +74,8 @@ pub enum EstimateLoss {
 }
 
 /// The run whose memory is estimated.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 ///
 /// Start from one of the constructors and change fields with `..`:
 /// `EstimateConfig { seq: 2048, ..EstimateConfig::qlora() }`.
