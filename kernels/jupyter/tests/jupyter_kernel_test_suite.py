@@ -21,7 +21,7 @@ class Kernel(jkt.KernelTests):
     complete_code_samples = ["1", "let a = 1;", 'println!("hello")', "fn f() -> u8 { 1 }"]
     incomplete_code_samples = ["fn f() {", 'println!("hello', "let a = ", "(1 +"]
     invalid_code_samples = [")", "let = 1;", "fn (]"]
-    completion_samples = [{"text": "let v = String::new(); v.push_s", "matches": {"push_str"}}]
+    completion_samples = [{"text": "let v = String::new(); v.into_boxed_s", "matches": {"into_boxed_str"}}]
     code_generate_error = 'panic!("on purpose")'
     code_execute_result = [{"code": "6 * 7", "result": "42"}, {"code": '"a".to_owned()', "result": '"a"'}]
     code_display_data = [

@@ -29,10 +29,10 @@ fn requests_and_their_answers() {
     let unknown = ask("dance_request", json!({}));
     assert_eq!(unknown["status"], "error");
 
-    let code = "let é = String::new(); é.push_s";
+    let code = "let é = String::new(); é.into_boxed_s";
     let complete = ask("complete_request", json!({"code": code, "cursor_pos": code.chars().count()}));
-    assert_eq!(complete["matches"], json!(["push_str"]), "{complete}");
-    assert_eq!((complete["cursor_start"].as_u64(), complete["cursor_end"].as_u64()), (Some(25), Some(31)));
+    assert_eq!(complete["matches"], json!(["into_boxed_str"]), "{complete}");
+    assert_eq!((complete["cursor_start"].as_u64(), complete["cursor_end"].as_u64()), (Some(25), Some(37)));
     // In the middle of the name.
     let inspect = ask("inspect_request", json!({"code": "let s = String::new();\ns.push_str(\"\")", "cursor_pos": 28}));
     assert_eq!(inspect["found"], true, "{inspect}");
