@@ -60,6 +60,8 @@ impl Client {
         f.write_all(v.to_string().as_bytes()).map_err(io)?;
         let connection = Connection::read(&file)?;
         drop(listeners);
+        // A kernel ends with who has started it.
+        command.env("JPY_PARENT_PID", std::process::id().to_string());
         command.arg(&file).stdin(Stdio::null()).process_group(0);
         let process = command.spawn().map_err(|e| format!("{}: {e}", command.get_program().display()))?;
 
