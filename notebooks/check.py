@@ -104,7 +104,7 @@ def check_shape(nb, path):
         yield from ((index, f"a line of {len(l)} columns: {l[:50]}…") for l in lines if len(l) > WIDEST)
         last = lines[-1].strip() if lines else ""
         if last and not last.endswith((";", "}")) and not cell.outputs:
-            yield index, "its output is not saved: run tunebook-kernel run --save"
+            yield index, "its output is not saved: run notebooks/run.py --save"
 
 
 def check_current(nb, executed):
@@ -117,20 +117,20 @@ def check_current(nb, executed):
             continue
         a, b = (NUMBER.findall(plain_text_of(c)) for c in (saved, new))
         if len(a) != len(b):
-            yield index, f"the saved output has {len(a)} numbers, a fresh one {len(b)}: run tunebook-kernel run --save"
+            yield index, f"the saved output has {len(a)} numbers, a fresh one {len(b)}: run notebooks/run.py --save"
             continue
         for x, y in zip(a, b):
             p, q = (float(v.replace(",", "")) for v in (x, y))
             close = abs(p - q) <= 0.03 * max(abs(p), abs(q)) or max(abs(p), abs(q)) < 1e-4
             if x != y and (not close or "." not in x + y):
-                yield index, f"the saved output says {x}, a fresh one {y}: run tunebook-kernel run --save"
+                yield index, f"the saved output says {x}, a fresh one {y}: run notebooks/run.py --save"
                 break
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--executed", type=Path, help="where `tunebook-kernel run` left the executed notebooks")
+    parser.add_argument("--executed", type=Path, help="where notebooks/run.py left the executed notebooks")
     args = parser.parse_args()
     wrong = 0
     for path in args.notebooks:

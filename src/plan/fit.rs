@@ -113,14 +113,14 @@ impl MemoryPlan {
             if config == *self.config() {
                 continue;
             }
-            let needed_bytes = self.with(config.clone())?.process_bytes(&gpu);
+            let needed_bytes = self.with(config.clone())?.process_bytes(gpu);
             if needed_bytes <= gpu.total_bytes {
                 alone.push(Change { what: what.clone(), cost, needed_bytes, config });
             }
             if together.is_none() {
                 apply(&mut all);
                 said.push(what);
-                let needed_bytes = self.with(all.clone())?.process_bytes(&gpu);
+                let needed_bytes = self.with(all.clone())?.process_bytes(gpu);
                 if needed_bytes <= gpu.total_bytes && said.len() > 1 {
                     let cost = "the costs of each".into();
                     together = Some(Change { what: said.join(" and "), cost, needed_bytes, config: all.clone() });
@@ -208,7 +208,7 @@ fn fewest_recomputed(plan: &MemoryPlan, config: &PlanConfig, gpu: &Gpu) -> usize
     let layers = plan.spec().num_hidden_layers;
     let fits = |n: usize| {
         let config = PlanConfig { checkpointing: layers_recomputed(n, layers), ..config.clone() };
-        plan.with(config).is_ok_and(|p| p.process_bytes(&gpu) <= gpu.total_bytes)
+        plan.with(config).is_ok_and(|p| p.process_bytes(gpu) <= gpu.total_bytes)
     };
     // More recomputed layers never need more: bisect.
     let (mut low, mut high) = (0, layers);

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Checks `tunebook-kernel run` against real kernels: what must fail fails, at the right cell; what must pass passes.
+"""Checks notebooks/run.py against a real kernel: what must fail fails, at the right cell; what must pass passes.
 
-    tests/notebooks/check_runner.py PROGRAM [--stock]
+    tests/notebooks/check_runner.py [--kernel rust]
 
-Small notebooks are made in a temporary directory and run by PROGRAM, a compiled tunebook-kernel.
+Small notebooks are made in a temporary directory and run by notebooks/run.py with this Python.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+RUNNER = Path(__file__).parents[2] / "notebooks" / "run.py"
+
 # name -> (cells, index of the cell that must be named, a part of the message). "!" in front: tagged raises-exception.
 FAILING = {
     "panic": (["let x = 1;", 'panic!("the panic\'s text")', "x"], 1, "the panic's text"),
     "question_mark": (['"many".parse::<i32>()?'], 0, "invalid digit"),
     "failing_assert": (["let x = 2;", 'assert_eq!(x, 3, "two is not three");'], 1, "two is not three"),
-    "exit": (["std::process::exit(3);"], 0, "exit status: 3"),
+    "exit": (["std::process::exit(3);"], 0, "terminated"),
     "compile_error": (["let x: i32 = 1.5;"], 0, "mismatched types"),
     "stderr_of_a_thread": (
         ['std::thread::spawn(|| eprintln!("from a thread")).join().unwrap();'], 0, "from a thread"),
@@ -47,8 +49,8 @@ def make(directory, name, cells):
     return path
 
 
-def run(program, paths, out, *more):
-    command = [*program, "--out", out, *more, *paths]
+def run(kernel, paths, out, *more):
+    command = [sys.executable, RUNNER, "--kernel", kernel, "--out", out, *more, *paths]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     return done.returncode, done.stdout
@@ -61,16 +63,14 @@ def check(ok, what):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("program")
-    parser.add_argument("--stock", action="store_true")
-    args = parser.parse_args()
-    program = [args.program, "run"] + ["--stock"] * args.stock
+    parser.add_argument("--kernel", default="rust")
+    kernel = parser.parse_args().kernel
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         out = directory / "out"
 
         paths = [make(directory, name, cells) for name, (cells, _) in PASSING.items()]
-        code, text = run(program, paths, out)
+        code, text = run(kernel, paths, out)
         check(code == 0 and f"{len(paths)} passed, 0 failed" in text, "a good notebook did not pass")
         for name, (_, value) in PASSING.items():
             last = nbformat.read(out / f"{name}.ipynb", as_version=4).cells[-1]
@@ -78,7 +78,7 @@ def main():
             check("<html" in (out / f"{name}.html").read_text(), f"{name}: no HTML")
 
         paths = [make(directory, name, cells) for name, (cells, _, _) in FAILING.items()]
-        code, text = run(program, paths, out, "--timeout", "20")
+        code, text = run(kernel, paths, out, "--timeout", "20")
         check(code == 1 and f"0 passed, {len(paths)} failed" in text, "a bad notebook passed")
         for name, (_, index, message) in FAILING.items():
             report = re.search(rf"^--- \S*/{name}\.ipynb(.*?)(?=^\S*/\w+\.ipynb$|\Z)", text, re.M | re.S)
@@ -87,11 +87,13 @@ def main():
                 check(report[1].startswith(f", cell {index}\n"), f"{name}: not reported at cell {index}")
             check(message in report[1], f"{name}: the report does not say {message!r}")
 
+        code, text = run("no-such-kernel", [directory / "good.ipynb"], out)
+        check(code == 1 and "did not start" in text, "a missing kernel passed")
         broken = directory / "broken.ipynb"
         broken.write_text("{")
-        code, text = run(program, [broken], out)
+        code, text = run(kernel, [broken], out)
         check(code == 1 and "0 passed, 1 failed" in text, "a broken file passed")
-    print(f"check_runner: {len(PASSING)} passed as they must, {len(FAILING) + 1} failed as they must")
+    print(f"check_runner: {len(PASSING)} passed as they must, {len(FAILING) + 2} failed as they must")
 
 
 if __name__ == "__main__":

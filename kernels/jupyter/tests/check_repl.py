@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Types the first notebook's cells into stock evcxr 0.22 as its REPL evaluates them, and looks at the text.
 
-    tests/notebooks/check_repl.py PROGRAM      a compiled tunebook-kernel
+    kernels/jupyter/tests/check_repl.py PROGRAM      a compiled tunebook-kernel
 
 Every stage must show aligned text, and nothing that is meant for a browser.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 # A part of what each stage shows.
 STAGES = {
     "model": "parameters",
