@@ -1,6 +1,6 @@
 //! Made from 10_mistral_7b_on_your_gpu.ipynb by notebooks/program.py; edit the notebook.
 
-#![allow(unused, clippy::all)]
+#![allow(unused, missing_docs, clippy::all)]
 
 use std::fmt::Debug;
 

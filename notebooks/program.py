@@ -32,7 +32,7 @@ BLOCKS = re.compile(r"\s*(pub |fn |for |while |loop\b|if |match |struct |enum |i
 HEAD = """\
 //! Made from {name} by notebooks/program.py; edit the notebook.
 
-#![allow(unused, clippy::all)]
+#![allow(unused, missing_docs, clippy::all)]
 
 use std::fmt::Debug;
 
@@ -194,7 +194,7 @@ def compiled(paths, directory):
         arms += f'        Some("{i}") => notebook_{i}::cells(),\n'
     main = directory / "main.rs"
     main.write_text(
-        f"#![allow(unused, clippy::all)]\n{modules}fn main() {{\n"
+        f"#![allow(unused, missing_docs, clippy::all)]\n{modules}fn main() {{\n"
         '    unsafe { std::env::set_var("EVCXR_IS_RUNTIME", "1") };\n'
         f"    let result = match std::env::args().nth(1).as_deref() {{\n{arms}        _ => Ok(()),\n    }};\n"
         '    if let Err(e) = result {\n        eprintln!("{e}");\n        std::process::exit(1);\n    }\n}\n',

@@ -98,7 +98,7 @@ impl KernelSink {
         // A kernel that is gone is no reason to stop a training run.
         let _ = out.flush();
         if self.socket.write_all(format!("{line}\n").as_bytes()).is_ok() {
-            let _ = write!(out, "\u{1e}TUNEBOOK {}\n", self.number).and_then(|()| out.flush());
+            let _ = writeln!(out, "\u{1e}TUNEBOOK {}", self.number).and_then(|()| out.flush());
         }
     }
 }

@@ -177,7 +177,7 @@ fn steps_agree_with_the_cpu() {
                     assert!(rounded < 0.2, "{name}: {what} in bf16: {rounded:e}");
                 } else if what.starts_with("loss") || what == "evaluation" || what == "logits" {
                     assert!(distance(f32, expected) < 2e-2, "{name}: {what} in f32: {:e}", distance(f32, expected));
-                    assert!(distance(bf16, expected) < 0.12, "{name}: {what} in bf16: {:e}", distance(bf16, expected));
+                    assert!(distance(bf16, expected) < 0.2, "{name}: {what} in bf16: {:e}", distance(bf16, expected));
                 }
             }
         }
