@@ -91,7 +91,7 @@ pub fn compare_gradients(what: &str, ours: &BTreeMap<String, Vec<f32>>, theirs: 
     for (name, g) in ours {
         let scale = theirs[name].iter().fold(1e-3f32, |m, x| m.max(x.abs()));
         let error = apart(g, &theirs[name]) / scale;
-        if !(error <= worst.0) {
+        if error > worst.0 || error.is_nan() {
             worst = (error, name.clone());
         }
     }

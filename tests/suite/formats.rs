@@ -339,7 +339,8 @@ fn packing_is_near_the_best_possible() {
         assert!(packed.len() <= least * 11 / 9 + 1, "{} of at least {least}", packed.len());
         let mut found: Vec<u32> = packed.segments().unwrap().concat();
         let mut given: Vec<u32> = n.iter().map(|&n| n as u32).collect();
-        (found.sort_unstable(), given.sort_unstable());
+        found.sort_unstable();
+        given.sort_unstable();
         assert_eq!(found, given);
     }
 }

@@ -75,6 +75,7 @@ fn changes_files(r: &libc::user_regs_struct) -> bool {
 
 /// Runs a child that calls [`begin`], with `fault` at its change number `n`. `None` where that is not possible.
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::zombie_processes)] // Waited for by its threads, all of which are traced.
 pub fn run_with_fault(test: &str, dir: &Path, n: usize, fault: Fault) -> Option<End> {
     let mut child = spawn_child(test, dir, &[]);
     let wait = || {
