@@ -44,7 +44,7 @@ fn a_merged_model_is_the_same_as_gguf() {
         lora::merge(base, adapter).unwrap().onto(MergeBase::Original).save(&merged).unwrap();
         let merged = Base::from_dir(&merged).unwrap();
         let expected = by_us(&merged, &ids);
-        for (kind, tolerance) in [(GgufType::F32, 1e-4), (GgufType::F16, 5e-3), (GgufType::Q8_0, 5e-2)] {
+        for (kind, tolerance) in [(GgufType::F32, 1e-4), (GgufType::F16, 5e-3), (GgufType::Q8_0, 0.2)] {
             let path = dir.path().join(format!("{model}.{kind:?}.gguf"));
             write_gguf(&merged, &path, kind).unwrap();
             let off = worst(&by_candle(&path, &ids), &expected);

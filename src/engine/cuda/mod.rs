@@ -1,6 +1,6 @@
 //! The CUDA backend: one NVIDIA GPU, bf16 with f32 sums (f32 throughout for validation), one file per operation.
 //!
-//! Each operation launches the kernels of kernels/cuda/<same name>.cu, which NVRTC compiles for the card at hand when the
+//! Each operation launches the kernels of `kernels/cuda/<same name>.cu`, which NVRTC compiles for the card at hand when the
 //! backend is opened; matrix products go to cuBLASLt. Driver and libraries are looked for at run time. Everything lies in
 //! one allocation of [`MemoryPlan::arena_bytes`], and all work is done in order by one stream.
 
