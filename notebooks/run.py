@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--kernel", default="rust", help="name of the kernel (default: rust)")
     parser.add_argument("--out", type=Path, default=Path("target/notebooks"), help="where executed notebooks go")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one cell (default: 600)")
-    parser.add_argument("--startup-timeout", type=int, default=120, help="seconds for the kernel (default: 120)")
+    parser.add_argument("--startup-timeout", type=int, default=300, help="seconds for the kernel (default: 300)")
     parser.add_argument("--save", action="store_true", help="keep the outputs in notebooks that passed")
     args = parser.parse_args()
     names = [path.stem for path in args.notebooks]
