@@ -171,6 +171,25 @@ pub fn cells() -> std::result::Result<(), Box<dyn std::error::Error>> {
             println!("{:?}", Run::create("../runs/lesson-10", plan, base, data, settings)?.train()?);
         }
     }
+    println!("\nTUNEBOOK_CELL 25");
+    let my_gb = 10.0;
+    let longer = builder.clone().seq(1024).checkpointing(Checkpointing::All).build()?;
+    {
+        let last =
+            { attempt_close("GB with eight sequences of 1,024", my_gb, longer.arena_bytes() as f64 / 1e9, 0.02) };
+        (&Last(&last)).show();
+    }
+    println!("\nTUNEBOOK_CELL 27");
+    fn my_held(bytes: u64) -> u64 {
+        bytes
+    }
+    {
+        let last = { attempt("bytes held for 5,000,000", my_held(5_000_000), 6_291_456) };
+        (&Last(&last)).show();
+    }
+    println!("\nTUNEBOOK_CELL 29");
+    let my_speed = batch.len() as f64 / (batch.tokens() as f64 / recomputed);
+    println!("{my_speed:.1} tokens per second");
     println!("\nTUNEBOOK_CELL end");
     Ok(())
 }

@@ -188,8 +188,9 @@ __device__ __forceinline__ u32 dynamic_encode(const float* thresholds, float x) 
     return code;
 }
 
-// The sixteen values: NF4, FP4. Bits, so that nothing depends on how a decimal is rounded.
-__constant__ u32 VALUES[2][16] = {
+// The sixteen values: NF4, FP4. Bits, so that nothing depends on how a decimal is rounded. In global memory: lanes look up
+// different ones, which constant memory would serve one after the other.
+__device__ const u32 VALUES[2][16] = {
     {0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000, 0x3da2faff,
      0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000},
     // 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the negative ones; number 8 is +0.

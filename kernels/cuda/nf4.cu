@@ -7,9 +7,10 @@
 // nf4_quantize_{f32,bf16,f16}: 256 threads, any grid; 8 elements a thread.
 // nf4_absmax_mean:             256 threads, at most MEAN_BLOCKS thread blocks.
 // nf4_absmax_nest:             256 threads per nested block, any grid.
-// nf4_dequantize[_nested]:     256 threads, any grid; `out` and `packed` aligned to 16 bytes; n below 2^34. On the way two
+// nf4_dequantize[_nested]:     256 threads, ceil(n / 2048) thread blocks or more; `out` and `packed` aligned to 16 bytes; n below 2^34. On the way two
 //                              f32 arrays are cast to elem (the adapter's A and B): a launch less for each.
 #include "common.cuh"
+#include "dynamic_map.cuh"
 
 #define FP4 1u
 
@@ -78,38 +79,43 @@ __device__ __forceinline__ void read_input(const T* x, u64 e, u64 n, bool aligne
 }
 
 // A number from -1 to 1 times 15.5, rounded down, is one of 32 cells from -16 to 15, so narrow that each holds one
-// threshold at most: the code is that of the cell, plus one above the threshold. Index: the cell modulo 32.
-struct Cell {
-    float threshold;
-    u32 code;
+// threshold at most: the code is that of the cell, plus one above the threshold. Index: the cell modulo 32. Two tables of
+// 32 words each: no two lanes of a warp meet in a bank.
+struct Cells {
+    float threshold[32];
+    u32 code[32];
 };
 
+// The byte offset of s's cell in a table.
 __device__ __forceinline__ u32 cell_of(float s) {
-    // Added to 1.5 * 2^23, whose last bit counts ones, rounding down.
-    return __float_as_uint(__fadd_rd(__fmul_rn(s, 15.5f), 12582912.0f)) & 31;
+    // Quarters of a cell, added to 1.5 * 2^23, whose last bit counts ones, rounding down.
+    return __float_as_uint(__fmaf_rd(s, 62.0f, 12582912.0f)) & 0x7cu;
 }
 
-__device__ __forceinline__ Cell make_cell(u32 index) {
+__device__ __forceinline__ void make_cell(Cells& cells, u32 index) {
     const u32 thresholds[15] = {0xbf591cd9, 0xbf1c5270, 0xbeeb8480, 0xbeadea76, 0xbe703cec,
                                 0xbe0d38bc, 0xbd3a7871, 0x3d22faff, 0x3df64863, 0x3e5067e0,
                                 0x3e9582d4, 0x3ec753f9, 0x3f006d03, 0x3f248daf, 0x3f5c89d9};
-    Cell cell = {__int_as_float(0x7f800000), 0};
+    float threshold = __int_as_float(0x7f800000);
+    u32 code = 0;
     // In the order of the numbers: -16 first.
     u32 rank = (index + 16) & 31;
 #pragma unroll
     for (int i = 0; i < 15; i++) {
         float t = __uint_as_float(thresholds[i]);
-        u32 at = (cell_of(t) + 16) & 31;
-        if (at < rank) cell.code++;
-        if (at == rank) cell.threshold = t;
+        u32 at = (cell_of(t) / 4 + 16) & 31;
+        if (at < rank) code++;
+        if (at == rank) threshold = t;
     }
-    return cell;
+    cells.threshold[index] = threshold;
+    cells.code[index] = code;
 }
 
 // How many thresholds are less than s, a number of magnitude 1 at most up to rounding.
-__device__ __forceinline__ u32 encode_nf4(const Cell* cells, float s) {
-    Cell cell = cells[cell_of(s)];
-    return cell.code + (s > cell.threshold ? 1 : 0);
+__device__ __forceinline__ u32 encode_nf4(const Cells& cells, float s) {
+    u32 at = cell_of(s);
+    float threshold = *(const float*)((const char*)cells.threshold + at);
+    return *(const u32*)((const char*)cells.code + at) + (s > threshold ? 1 : 0);
 }
 
 __device__ __forceinline__ u32 encode_fp4(float s) {
@@ -125,8 +131,8 @@ __device__ __forceinline__ u32 encode_fp4(float s) {
 template <typename T>
 __device__ __forceinline__ void quantize(const T* src, u64 n, u32 blocksize, u32 quant_type, u8* packed,
                                          float* absmax) {
-    __shared__ Cell cells[32];
-    if (threadIdx.x < 32) cells[threadIdx.x] = make_cell(threadIdx.x);
+    __shared__ Cells cells;
+    if (threadIdx.x < 32) make_cell(cells, threadIdx.x);
     __syncthreads();
     u32 lanes = blocksize < 8 * WARP ? blocksize / 8 : WARP;
     u32 rounds = blocksize / (8 * lanes), per_warp = WARP / lanes;
@@ -300,57 +306,33 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* a
 
 // ------------------------------------------------------------------------------------------------------ dequantize
 
-// Words of 8 codes that a thread decodes in one go: their loads are in flight together.
-#define UNROLL 2
-#define TILE (256 * UNROLL)
-
-// The scale of a block that holds 8 codes, before anything is computed from it.
+// The scale of a block.
 struct Plain {
     const float* absmax;
-    typedef float Raw;
-    __device__ __forceinline__ void fill() {}
-    __device__ __forceinline__ Raw fetch(u32 block) const { return __ldg(absmax + block); }
-    __device__ __forceinline__ float decode(Raw raw) const { return raw; }
+    __device__ __forceinline__ float at(u32 block) const { return __ldg(absmax + block); }
 };
 
 struct Nested {
     const u8* codes;
     const float* scales;
+    const float* offset;
     u32 nested_shift;
-    float offset;
-    // [256]: the signed dynamic map.
-    float* map;
-    struct Raw {
-        u32 code;
-        float scale;
-    };
-    __device__ __forceinline__ void fill() { map[threadIdx.x] = dynamic_value(threadIdx.x, true); }
-    __device__ __forceinline__ Raw fetch(u32 block) const {
-        Raw raw;
-        raw.code = __ldg(codes + block);
-        raw.scale = __ldg(scales + (block >> nested_shift));
-        return raw;
-    }
-    __device__ __forceinline__ float decode(Raw raw) const {
-        return __fadd_rn(__fmul_rn(map[raw.code], raw.scale), offset);
+    __device__ __forceinline__ float at(u32 block) const {
+        float scale = __ldg(scales + (block >> nested_shift)), mean = __ldg(offset);
+        float value = __uint_as_float(__ldg(DYNAMIC_MAP + __ldg(codes + block)));
+        return __fadd_rn(__fmul_rn(value, scale), mean);
     }
 };
 
-// out[e + i] = value[code i of word] * absmax for i in 0..8. A nibble at bit 7 is the number of a row of the table, 128
-// bytes: 32 copies of one value, one per lane, so that no two lanes meet in a bank.
+// out[i] = level[code i of word] * absmax for i in 0..8. The sixteen levels stay in the first cache.
 template <bool DENORMALS>
-__device__ __forceinline__ void decode_word(u32 word, float absmax, const char* table, u32 lane4, elem* out) {
+__device__ __forceinline__ void decode_word(u32 word, float absmax, const u32* levels, elem* out) {
     float v[8];
 #pragma unroll
-    for (int b = 0; b < 4; b++) {
-        u32 high = b == 0 ? word << 3 : word >> (8 * b - 3);
-        u32 low = b == 0 ? word << 7 : b == 1 ? word >> 1 : word >> (8 * b - 7);
-        v[2 * b] = __fmul_rn(*(const float*)(table + ((high & 0x780u) | lane4)), absmax);
-        v[2 * b + 1] = __fmul_rn(*(const float*)(table + ((low & 0x780u) | lane4)), absmax);
-    }
-    if (DENORMALS) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = flush(v[i]);
+    for (int i = 0; i < 8; i++) {
+        u32 code = word >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15;
+        v[i] = __fmul_rn(__uint_as_float(__ldg(levels + code)), absmax);
+        if (DENORMALS) v[i] = flush(v[i]);
     }
 #pragma unroll
     for (int part = 0; part < 8; part += VEC) {
@@ -361,69 +343,27 @@ __device__ __forceinline__ void decode_word(u32 word, float absmax, const char* 
     }
 }
 
+// One word of eight codes for each thread, and as many threads: what counts is loads in flight and wide stores.
 template <typename Scale>
 __device__ __forceinline__ void dequantize(const u8* packed, Scale scale, u64 n, u32 block_shift, u32 quant_type,
                                            elem* out) {
-    __shared__ __align__(16) float table[16 * 32];
-    const u32* words = (const u32*)packed;
-    // 8 codes per word: a word lies in one block.
-    u32 word_count = (u32)(n / 8), shift = block_shift - 3;
-    u32 step = gridDim.x * TILE, lane4 = threadIdx.x % WARP * 4;
-
-    u32 word[UNROLL];
-    typename Scale::Raw raw[UNROLL];
-    u32 first = blockIdx.x * TILE + threadIdx.x;
-#pragma unroll
-    for (u32 k = 0; k < UNROLL; k++) {
-        u32 w = first + k * 256;
-        if (w < word_count) {
-            word[k] = __ldg(words + w);
-            raw[k] = scale.fetch(w >> shift);
-        }
+    const u32* levels = VALUES[quant_type];
+    u64 i = (u64)blockIdx.x * 256 + threadIdx.x, words = n / 8;
+    if (i < words) {
+        u32 word = __ldg((const u32*)packed + i);
+        // A word lies in one block.
+        float absmax = scale.at((u32)(i >> (block_shift - 3)));
+        // The smallest value that is not zero is 1/192: from 2^-118 on, no product is a denormal.
+        if (fabsf(absmax) >= 3.009265538105056e-36f)
+            decode_word<false>(word, absmax, levels, out + 8 * i);
+        else
+            decode_word<true>(word, absmax, levels, out + 8 * i);
     }
-    // While those are on their way.
-    for (u32 i = threadIdx.x; i < 16 * 32; i += 256) table[i] = __uint_as_float(VALUES[quant_type][i / 32]);
-    scale.fill();
-    __syncthreads();
-
-    while (first < word_count) {
-        u32 next = first + step;
-        u32 next_word[UNROLL];
-        typename Scale::Raw next_raw[UNROLL];
-#pragma unroll
-        for (u32 k = 0; k < UNROLL; k++) {
-            u32 w = next + k * 256;
-            if (w < word_count) {
-                next_word[k] = __ldg(words + w);
-                next_raw[k] = scale.fetch(w >> shift);
-            }
-        }
-#pragma unroll
-        for (u32 k = 0; k < UNROLL; k++) {
-            u32 w = first + k * 256;
-            if (w < word_count) {
-                float absmax = scale.decode(raw[k]);
-                // The smallest value that is not zero is 1/192: from 2^-118 on, no product is a denormal.
-                if (fabsf(absmax) >= 3.009265538105056e-36f)
-                    decode_word<false>(word[k], absmax, (const char*)table, lane4, out + 8 * (u64)w);
-                else
-                    decode_word<true>(word[k], absmax, (const char*)table, lane4, out + 8 * (u64)w);
-            }
-        }
-#pragma unroll
-        for (u32 k = 0; k < UNROLL; k++) {
-            word[k] = next_word[k];
-            raw[k] = next_raw[k];
-        }
-        first = next;
-    }
-
     // What is left, seven elements at most.
-    u64 e = (u64)word_count * 8 + threadIdx.x;
-    if (blockIdx.x == 0 && e < n) {
+    u64 e = words * 8 + i;
+    if (e < n && i < 8) {
         u32 code = packed[e / 2] >> (e % 2 == 0 ? 4 : 0) & 15;
-        float absmax = scale.decode(scale.fetch((u32)(e >> block_shift)));
-        store(out + e, flush(__fmul_rn(table[code * 32], absmax)));
+        store(out + e, flush(__fmul_rn(__uint_as_float(levels[code]), scale.at((u32)(e >> block_shift)))));
     }
 }
 
@@ -438,15 +378,14 @@ extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const u8* packe
     cast_elements(x1, y1, n1);
 }
 
-// absmax' = map[codes[b]] * scales[b >> nested_shift] + offset[0].
+// absmax' = DYNAMIC_MAP[codes[b]] * scales[b >> nested_shift] + offset[0].
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(const u8* packed, const u8* codes,
                                                                         const float* scales, const float* offset,
                                                                         u64 n, u32 block_shift, u32 nested_shift,
                                                                         u32 quant_type, elem* out, const float* x0,
                                                                         elem* y0, u32 n0, const float* x1, elem* y1,
                                                                         u32 n1) {
-    __shared__ float map[256];
-    Nested scale = {codes, scales, nested_shift, offset[0], map};
+    Nested scale = {codes, scales, offset, nested_shift};
     dequantize(packed, scale, n, block_shift, quant_type, out);
     cast_elements(x0, y0, n0);
     cast_elements(x1, y1, n1);

@@ -72,8 +72,8 @@ pub fn bench_nf4(rows: usize, columns: usize, config: Nf4Config, repeats: usize)
     let run = || {
         for copy in 0..COPIES {
             let how = Launch { grid: [n.div_ceil(1024) as u32, 1, 1], block: 256, shared: 0 };
-            let args =
-                [Arg::Ptr(place(copy, dense)), Arg::U64(0), Arg::U64(n as u64), Arg::U64(copy as u64), Arg::F32(0.02)];
+            let (first, seed, std, constant) = (Arg::U64(0), Arg::U64(copy as u64), Arg::F32(0.02), Arg::F32(0.0));
+            let args = [Arg::Ptr(place(copy, dense)), first, Arg::U64(n as u64), seed, std, constant];
             gpu.launch("weights", "random_weights", how, &args)?;
         }
         Ok(Nf4Timing { quantize_seconds: time(&quantize)?, dequantize_seconds: time(&dequantize)? })

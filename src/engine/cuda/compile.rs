@@ -20,14 +20,23 @@ pub(super) struct Target {
 }
 
 /// What kernel files include.
-const INCLUDES: [(&str, &str); 2] = [
-    ("#include \"common.cuh\"", include_str!("../../../kernels/cuda/common.cuh")),
-    ("#include \"hopper.cuh\"", include_str!("../../../kernels/cuda/hopper.cuh")),
+const INCLUDES: [(&str, &str); 3] = [
+    ("common.cuh", include_str!("../../../kernels/cuda/common.cuh")),
+    ("dynamic_map.cuh", include_str!("../../../kernels/cuda/dynamic_map.cuh")),
+    ("hopper.cuh", include_str!("../../../kernels/cuda/hopper.cuh")),
 ];
 
-/// A kernel file with what it includes.
-fn whole(source: &str) -> String {
-    INCLUDES.iter().fold(source.to_string(), |text, (line, file)| text.replace(line, file))
+/// A kernel file with what it includes; the compiler's log counts the lines of each file.
+fn whole(file: &str, source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    for (i, line) in source.lines().enumerate() {
+        let wanted = line.trim().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        match INCLUDES.iter().find(|(name, _)| Some(*name) == wanted) {
+            Some((name, text)) => out += &format!("#line 1 \"{name}\"\n{text}\n#line {} \"{file}\"\n", i + 2),
+            None => out += &format!("{line}\n"),
+        }
+    }
+    out
 }
 
 /// Machine code of a kernel file: from the cache, or compiled and put there.
@@ -35,7 +44,8 @@ fn whole(source: &str) -> String {
 /// # Errors
 /// The compiler's log.
 pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8>> {
-    let source = whole(source);
+    let file = format!("kernels/cuda/{name}.cu");
+    let source = whole(&file, source);
     let options = options(target);
     let version = nvrtc_version();
     let key = format!("{:?} {version:?} {options:?} {}\0{source}", target.driver, env!("CARGO_PKG_VERSION"));
@@ -46,7 +56,7 @@ pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8
     {
         return Ok(code);
     }
-    let code = nvrtc(name, &source, &options)?;
+    let code = nvrtc(&file, &source, &options)?;
     if let Some(path) = cached
         && let Some(dir) = path.parent()
         && files::create_dir_all(dir).is_ok()
@@ -55,6 +65,14 @@ pub(super) fn compile(name: &str, source: &str, target: Target) -> Result<Vec<u8
         let _ = files::write_atomic_bytes(&path, &code);
     }
     Ok(code)
+}
+
+/// Machine code of text that is no file of ours; not kept.
+///
+/// # Errors
+/// The compiler's log.
+pub(super) fn compile_text(name: &str, source: &str, target: Target) -> Result<Vec<u8>> {
+    nvrtc(name, &whole(name, source), &options(target))
 }
 
 fn options(target: Target) -> Vec<String> {
@@ -84,17 +102,16 @@ fn nvrtc_version() -> (i32, i32) {
     (major, minor)
 }
 
-fn nvrtc(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>> {
+/// `file` is what the log and errors call the source.
+fn nvrtc(file: &str, source: &str, options: &[String]) -> Result<Vec<u8>> {
     let fail = |found: String| {
-        Error::new("a kernel does not compile")
-            .at(format!("kernels/cuda/{name}.cu"))
-            .expected(options.join(" "))
-            .found(found)
-            .next("NVRTC of CUDA 12.0 or later is needed, and one that knows this card")
+        Error::new("a kernel does not compile").at(file.to_owned()).expected(options.join(" ")).found(found).next(
+            "correct the line; a source that compiled elsewhere needs NVRTC of CUDA 12.0 or later that knows this card",
+        )
     };
     let text = CString::new(source).map_err(|_| fail("a NUL byte in the source".into()))?;
-    let file = CString::new(format!("{name}.cu")).map_err(|_| fail("a NUL byte in the name".into()))?;
-    let program = result::create_program(&text, Some(&file)).map_err(|e| fail(e.to_string()))?;
+    let named = CString::new(file).map_err(|_| fail("a NUL byte in the name".into()))?;
+    let program = result::create_program(&text, Some(&named)).map_err(|e| fail(e.to_string()))?;
     // SAFETY: the program lives until it is destroyed below; buffers have the sizes that the library said.
     let out = unsafe {
         match result::compile_program(program, options) {
@@ -137,11 +154,22 @@ mod tests {
             for f32 in [false, true] {
                 let target = Target { capability, f32, driver: 0 };
                 for (name, source) in super::super::gpu::KERNELS {
-                    let code = nvrtc(name, &whole(source), &options(target)).unwrap();
+                    let code = nvrtc(name, &whole(name, source), &options(target)).unwrap();
                     assert!(code.starts_with(b"\x7fELF"), "{name}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_dynamic_map_is_that_of_the_cpu() {
+        let mut numbers = String::new();
+        for row in crate::nf4::dynamic8::signed_map().chunks(8) {
+            let row: Vec<String> = row.iter().map(|v| format!("{:#010x}", v.to_bits())).collect();
+            numbers += &format!("    {},\n", row.join(", "));
+        }
+        let (_, file) = INCLUDES[1];
+        assert!(file.contains(&format!("{{\n{numbers}}}")), "kernels/cuda/dynamic_map.cuh should have\n{numbers}");
     }
 
     #[test]
@@ -152,7 +180,8 @@ mod tests {
             return;
         }
         let target = Target { capability: (8, 0), f32: false, driver: 0 };
-        let e = nvrtc("broken", "extern \"C\" __global__ void k() { nothing; }", &options(target)).unwrap_err();
-        assert!(e.to_string().contains("broken.cu") && e.to_string().contains("nothing"), "{e}");
+        let source = "#include \"common.cuh\"\n\nextern \"C\" __global__ void k() { nothing; }";
+        let e = compile_text("broken.cu", source, target).unwrap_err();
+        assert!(e.to_string().contains("broken.cu(3)") && e.to_string().contains("nothing"), "{e}");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::sync::Mutex;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::{DriverError, result, sys};
 
 use super::compile::{Target, compile};
 use super::libraries::{check, failed};
@@ -46,6 +46,15 @@ pub enum Arg {
     F64(f64),
 }
 
+impl Arg {
+    fn bytes(&self) -> usize {
+        match self {
+            Arg::Ptr(_) | Arg::U64(_) | Arg::F64(_) => 8,
+            Arg::U32(_) | Arg::I32(_) | Arg::F32(_) => 4,
+        }
+    }
+}
+
 /// Where an argument's value lies.
 fn arg_address(a: &Arg) -> *mut c_void {
     match a {
@@ -68,17 +77,81 @@ pub struct Launch {
     pub shared: u32,
 }
 
-/// A compiled function and the dynamic shared memory that it has been allowed.
-#[derive(Clone, Copy)]
+/// A compiled function, its parameters, and the dynamic shared memory that it has been allowed.
 struct Function {
     handle: sys::CUfunction,
+    parameters: Parameters,
     shared: u32,
+}
+
+/// The sizes of a kernel's parameters in bytes; `None` where the driver is too old to tell (before CUDA 12.4).
+pub(super) struct Parameters(Option<Vec<usize>>);
+
+impl Parameters {
+    pub fn of(function: sys::CUfunction, driver: i32) -> Self {
+        if driver < 12_040 {
+            return Parameters(None);
+        }
+        let size = |i: usize| {
+            let (mut offset, mut size) = (0, 0);
+            // SAFETY: writes two numbers; says no past the last parameter.
+            unsafe { sys::cuFuncGetParamInfo(function, i, &mut offset, &mut size) }.result().ok().map(|()| size)
+        };
+        Parameters(Some((0..).map_while(size).collect()))
+    }
+
+    /// The driver reads as many arguments as the kernel has parameters, wherever that leads.
+    pub fn check(&self, kernel: &str, table: &[u8], args: &[Arg]) -> Result<()> {
+        let Some(expected) = &self.0 else { return Ok(()) };
+        let table = Some(table.len()).filter(|n| *n > 0);
+        let given: Vec<usize> = table.into_iter().chain(args.iter().map(Arg::bytes)).collect();
+        if given == *expected {
+            return Ok(());
+        }
+        Err(Error::new("the arguments are not those of the kernel")
+            .at(kernel.to_owned())
+            .expected(format!("{} of {expected:?} bytes", expected.len()))
+            .found(format!("{} of {given:?} bytes", given.len()))
+            .next("give one argument for each parameter of its signature, in their order and of their types"))
+    }
+}
+
+/// The card's primary context, kept while this lives.
+pub(super) struct Context {
+    device: sys::CUdevice,
+    handle: sys::CUcontext,
+}
+
+impl Context {
+    fn of(device: sys::CUdevice) -> Result<Self> {
+        // SAFETY: released when the value is dropped.
+        let handle =
+            unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
+        Ok(Context { device, handle })
+    }
+
+    /// The context of an open card.
+    pub fn retain(gpu: &Gpu) -> Result<Self> {
+        Self::of(gpu.context.device)
+    }
+
+    /// Makes the context this thread's.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context is retained while `self` lives.
+        unsafe { result::ctx::set_current(self.handle) }.map_err(|e| failed("cuCtxSetCurrent", e))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained by this value.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
 }
 
 /// A card that is ready: its primary context, one stream, every kernel loaded.
 pub struct Gpu {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
+    target: Target,
     pub(super) stream: sys::CUstream,
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
@@ -92,6 +165,8 @@ pub struct Gpu {
     pub shared_limit: u32,
     /// Memory of the card, in bytes.
     pub total_bytes: u64,
+    // Last: dropped after what lives in it.
+    context: Context,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has made the context current, which `bind` does.
@@ -133,12 +208,13 @@ impl Gpu {
         // SAFETY: the device is valid.
         let total_bytes =
             unsafe { result::device::total_mem(device) }.map_err(|e| failed("cuDeviceTotalMem", e))? as u64;
-        // SAFETY: released when the value is dropped.
-        let context =
-            unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
+        let context = Context::of(device)?;
+        let mut driver = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver) };
+        let target = Target { capability, f32, driver };
         let mut gpu = Gpu {
-            device,
-            context,
+            target,
             stream: std::ptr::null_mut(),
             modules: HashMap::new(),
             functions: Mutex::default(),
@@ -147,14 +223,11 @@ impl Gpu {
             sm_count,
             shared_limit,
             total_bytes,
+            context,
         };
         gpu.bind()?;
         gpu.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(|e| failed("cuStreamCreate", e))?;
-        let mut driver = 0;
-        // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver) };
-        let target = Target { capability, f32, driver };
         for (name, source) in KERNELS {
             let code = compile(name, source, target)?;
             // SAFETY: the code is a whole image; the driver copies it.
@@ -170,11 +243,23 @@ impl Gpu {
     /// # Errors
     /// What the driver says.
     pub fn bind(&self) -> Result<()> {
-        // SAFETY: the context is retained while `self` lives.
-        unsafe { result::ctx::set_current(self.context) }.map_err(|e| failed("cuCtxSetCurrent", e))
+        self.context.bind()
     }
 
-    fn function(&self, file: &'static str, kernel: &'static str, shared: u32) -> Result<sys::CUfunction> {
+    /// What kernels are compiled for.
+    pub(super) fn target(&self) -> Target {
+        self.target
+    }
+
+    /// The kernel, allowed its shared memory, its arguments checked.
+    fn function(
+        &self,
+        file: &'static str,
+        kernel: &'static str,
+        shared: u32,
+        table: &[u8],
+        args: &[Arg],
+    ) -> Result<sys::CUfunction> {
         let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
         let entry = match functions.get_mut(&(file, kernel)) {
             Some(f) => f,
@@ -188,9 +273,11 @@ impl Gpu {
                 // SAFETY: the module is loaded while `self` lives.
                 let handle = unsafe { result::module::get_function(module, name) }
                     .map_err(|e| failed("cuModuleGetFunction", e).at(format!("kernels/cuda/{file}.cu: {kernel}")))?;
-                functions.entry((file, kernel)).or_insert(Function { handle, shared: 48 << 10 })
+                let parameters = Parameters::of(handle, self.target.driver);
+                functions.entry((file, kernel)).or_insert(Function { handle, parameters, shared: 48 << 10 })
             }
         };
+        entry.parameters.check(kernel, table, args).map_err(|e| e.at(format!("kernels/cuda/{file}.cu")))?;
         if shared > entry.shared {
             if shared > self.shared_limit {
                 return Err(Error::new("a kernel needs more shared memory than this card has")
@@ -227,13 +314,23 @@ impl Gpu {
         table: &[u8],
         args: &[Arg],
     ) -> Result<()> {
-        let function = self.function(file, kernel, how.shared)?;
+        let function = self.function(file, kernel, how.shared, table, args)?;
+        self.launch_function(function, how, table, args)
+            .map_err(|e| failed(&format!("kernels/cuda/{file}.cu: {kernel} {how:?}"), e))
+    }
+
+    pub(super) fn launch_function(
+        &self,
+        function: sys::CUfunction,
+        how: Launch,
+        table: &[u8],
+        args: &[Arg],
+    ) -> std::result::Result<(), DriverError> {
         let table = (!table.is_empty()).then(|| table.as_ptr().cast_mut().cast());
         let mut params: Vec<*mut c_void> = table.into_iter().chain(args.iter().map(arg_address)).collect();
         let [x, y, z] = how.grid;
         // SAFETY: the arguments are those of the kernel's signature, by the launcher beside it; they are copied at once.
         unsafe { result::launch_kernel(function, (x, y, z), (how.block, 1, 1), how.shared, self.stream, &mut params) }
-            .map_err(|e| failed(&format!("kernels/cuda/{file}.cu: {kernel} {how:?}"), e))
     }
 
     /// Allocates device memory, zeroed.
@@ -340,7 +437,7 @@ impl Gpu {
     pub(super) fn pci_bus_id(&self) -> Option<CString> {
         let mut text = [0u8; 32];
         // SAFETY: the buffer's length is passed.
-        unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, self.device) }
+        unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, self.context.device) }
             .result()
             .ok()?;
         Some(std::ffi::CStr::from_bytes_until_nul(&text).ok()?.to_owned())
@@ -413,7 +510,6 @@ impl Drop for Gpu {
                 let _ = result::module::unload(*module);
             }
             let _ = result::stream::destroy(self.stream);
-            let _ = result::primary_ctx::release(self.device);
         }
     }
 }

@@ -28,10 +28,12 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 mod transfers;
+mod workbench;
 
 pub use bench::{Nf4Timing, bench_nf4};
 pub use gpu::{Arg, Ballast, Gpu, Launch, reserve_all_but};
 pub use libraries::check;
+pub use workbench::{Buffer, Module, kernel_source};
 
 use std::borrow::Cow;
 

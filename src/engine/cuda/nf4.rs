@@ -62,8 +62,9 @@ pub(super) fn quantize(
         Arg::Ptr(packed),
         Arg::Ptr(absmax),
     ];
-    // Eight elements a thread, whole blocks a warp.
-    gpu.launch("nf4", kernel, strided(gpu, n.div_ceil(256 * 8)), &args)
+    // Eight elements a thread, whole blocks a warp; four rounds of that for a thread block, which fills a table first.
+    let grid = [n.div_ceil(256 * 8 * 4).max(1) as u32, 1, 1];
+    gpu.launch("nf4", kernel, Launch { grid, block: 256, shared: 0 }, &args)
 }
 
 /// The mean of `absmax [blocks]` into `mean`, f32 `[1]`.
@@ -135,11 +136,8 @@ pub(super) fn dequantize(
     out: u64,
     casts: &Casts,
 ) -> Result<()> {
-    // A tile is 256 threads with two words of eight codes each. As many thread blocks as run at the same time: all take
-    // the same number of tiles, and end together.
-    let threads = if matches!(gpu.capability, (8, 0) | (9 | 10, _)) { 2048 } else { 1536 };
-    let blocks = n.div_ceil(256 * 2 * 8).clamp(1, gpu.sm_count as usize * threads / 256) as u32;
-    let how = Launch { grid: [blocks, 1, 1], block: 256, shared: 0 };
+    // A thread for each word of eight codes.
+    let how = Launch { grid: [n.div_ceil(256 * 8).max(1) as u32, 1, 1], block: 256, shared: 0 };
     let (n, shift) = (Arg::U64(n as u64), Arg::U32(config.blocksize.trailing_zeros()));
     let (quant_type, out) = (Arg::U32(quant_type_code(config.quant_type)), Arg::Ptr(out));
     let packed = Arg::Ptr(packed);

@@ -16,6 +16,7 @@ mod nf4;
 mod optimizer;
 mod rotary;
 mod swiglu;
+mod workbench;
 
 use std::sync::{Mutex, OnceLock};
 
