@@ -7,7 +7,8 @@
     notebooks/program.py fill notebooks/10_*.ipynb LOG    # puts what the program printed back into the notebook
 
 The program of `write` is run in notebooks/, e.g. `(cd notebooks && cargo run --example lesson_10 >10.log)`.
-`run` needs the library as `cargo build` leaves it in CARGO_TARGET_DIR (or target).
+`run` needs the library as `cargo build` leaves it in CARGO_TARGET_DIR (or target). Notebooks whose metadata say `needs_gpu` are only
+compiled where there is none.
 
 The program runs the cells in order, as the kernel would: the last expression of a cell shows itself, `?` ends it. It
 prints evcxr's markers (EVCXR_IS_RUNTIME=1 is set by the program) and one line before each cell, so that `fill` finds
@@ -222,6 +223,9 @@ def run(paths, save):
     with tempfile.TemporaryDirectory() as tmp:
         binary = compiled(paths, Path(tmp))
         for i, path in enumerate(paths):
+            if read(path)["metadata"].get("needs_gpu") and not Path("/dev/nvidiactl").exists():
+                print(f"compiled {path}: it needs a GPU", flush=True)
+                continue
             began = time.monotonic()
             done = subprocess.run([binary, str(i)], cwd=path.parent, env=env, capture_output=True, text=True)
             print(f"{'FAIL' if done.returncode else 'ok'} {path} ({time.monotonic() - began:.1f} s)", flush=True)
@@ -241,7 +245,7 @@ def main():
     runs.add_argument("notebooks", nargs="+", type=Path)
     runs.add_argument("--save", action="store_true", help="keep the outputs in notebooks that passed")
     for name in ("write", "check"):
-        actions.add_parser(name).add_argument("notebook", type=Path)
+        actions.add_parser(name).add_argument("notebooks", nargs="+", type=Path)
     fills = actions.add_parser("fill", help="put what a program printed into its notebook")
     fills.add_argument("notebook", type=Path)
     fills.add_argument("log", type=Path)
@@ -251,13 +255,14 @@ def main():
     if args.action == "fill":
         write(fill(read(args.notebook), args.log.read_text(encoding="utf-8")), args.notebook)
         return 0
-    rust = EXAMPLES / f"lesson_{args.notebook.name[:2]}.rs"
-    source = formatted(program(read(args.notebook), args.notebook.name))
-    if args.action == "write":
-        rust.write_text(source, encoding="utf-8")
-        print(rust)
-    elif not rust.exists() or rust.read_text(encoding="utf-8") != source:
-        sys.exit(f"{rust} is not what {args.notebook} says: run 'notebooks/program.py write {args.notebook}'")
+    for path in args.notebooks:
+        rust = EXAMPLES / f"lesson_{path.name[:2]}.rs"
+        source = formatted(program(read(path), path.name))
+        if args.action == "write":
+            rust.write_text(source, encoding="utf-8")
+            print(rust)
+        elif not rust.exists() or rust.read_text(encoding="utf-8") != source:
+            sys.exit(f"{rust} is not what {path} says: run 'notebooks/program.py write {path}'")
     return 0
 
 
