@@ -147,12 +147,12 @@ extern "C" __global__ void decode(const u32* codes, const float* absmax, const f
     speeds.push(("and levels in shared memory".to_string(), 1e6 * seconds, bytes / seconds / 1e12));
     println!("{:.0} µs: {:.2} TB/s", 1e6 * seconds, bytes / seconds / 1e12);
     println!("\nTUNEBOOK_CELL 23");
-    let how = blocks(n, 8);
+    let how = blocks(n, 16);
     let (size, log2_blocksize, nf4) = (Arg::U64(n as u64), Arg::U32(6), Arg::U32(0));
     let weight = [Arg::Ptr(codes.ptr), Arg::Ptr(scales.ptr), size, log2_blocksize, nf4, Arg::Ptr(out.ptr)];
-    // It can cast two f32 arrays on the way; there are none here.
-    let nothing = [Arg::Ptr(0), Arg::Ptr(0), Arg::U32(0), Arg::Ptr(0), Arg::Ptr(0), Arg::U32(0)];
-    let library_args = [weight, nothing].concat();
+    // It can lay the rows apart and put an adapter's B beside them; here rows of 4096 follow each other.
+    let rows = [Arg::U32(4096), Arg::U32(4096), Arg::Ptr(0), Arg::U32(0), Arg::U32(0), Arg::F32(0.0)];
+    let library_args = [weight, rows].concat();
     gpu.fill(out.ptr, 0, out.bytes() as u64)?;
     gpu.launch("nf4", "nf4_dequantize", how, &library_args)?;
     {

@@ -1,7 +1,7 @@
 // The residual sum with RMSNorm, the norm again, and its gradients.
 //
 // add_rmsnorm:         sum = residual + delta; rstd = 1 / sqrt(mean(sum^2) + eps); out = sum * rstd * (weight + offset).
-//                      residual, delta, sum, out [T, C]; weight [C]; rstd f32 [T]. T: tokens, or tokens times heads. `delta` and `sum` are null when nothing
+//                      residual, delta, sum, out [T, C], rows of out `row` elements apart (a multiple of 8, or C); weight [C]; rstd f32 [T]. T: tokens, or tokens times heads. `delta` and `sum` are null when nothing
 //                      is added. The sum is rounded to elem first, and the rest is computed from the rounded sum, so that
 //                      `rescale` gives the same bits.
 // rescale:             out = x * rstd * (weight + offset).
@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_norm_row(const elem* x, const elem* delta, e
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_rmsnorm(const elem* residual, const elem* delta, elem* sum, const elem* weight, elem* out, float* rstd, u32 width,
-            float eps, float offset) {
+            float eps, float offset, u32 row) {
     __shared__ float shared[WARP];
     u64 start = (u64)blockIdx.x * width;
     if (delta != nullptr) {
@@ -73,17 +73,18 @@ add_rmsnorm(const elem* residual, const elem* delta, elem* sum, const elem* weig
         sum += start;
     }
     if (width % VEC == 0) {
-        add_norm_row<VEC>(residual + start, delta, sum, weight, offset, out + start, rstd + blockIdx.x, width, eps, shared);
+        add_norm_row<VEC>(residual + start, delta, sum, weight, offset, out + (u64)blockIdx.x * row, rstd + blockIdx.x, width, eps, shared);
     } else {
-        add_norm_row<1>(residual + start, delta, sum, weight, offset, out + start, rstd + blockIdx.x, width, eps, shared);
+        add_norm_row<1>(residual + start, delta, sum, weight, offset, out + (u64)blockIdx.x * row, rstd + blockIdx.x, width, eps, shared);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-rescale(const elem* x, const float* rstd, const elem* weight, elem* out, u32 width, float offset) {
+rescale(const elem* x, const float* rstd, const elem* weight, elem* out, u32 width, float offset, u32 row) {
     u64 start = (u64)blockIdx.x * width;
-    if (width % VEC == 0) scale_row<VEC>(out + start, x + start, weight, offset, rstd[blockIdx.x], width);
-    else scale_row<1>(out + start, x + start, weight, offset, rstd[blockIdx.x], width);
+    out += (u64)blockIdx.x * row;
+    if (width % VEC == 0) scale_row<VEC>(out, x + start, weight, offset, rstd[blockIdx.x], width);
+    else scale_row<1>(out, x + start, weight, offset, rstd[blockIdx.x], width);
 }
 
 template <int N>

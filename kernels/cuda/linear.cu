@@ -1,7 +1,8 @@
 // What a linear module does beside its matrix products, element by element over n elements.
 //
 // cast_to_elem: y = x for two arrays; x f32, y elem.
-// dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x).
+// dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x). Rows of x, [n / width, width], are `row`
+//               elements apart (row = width unless width is a multiple of 8).
 // dropout_add:  y += keep * x where the mask is set.
 // add_bias:     y[t] += b; y [T, out], b [out]; n = T * out.
 // bias_grad:    grad += sum over t of dy[t]; dy [T, out], grad f32 or bf16 [out]. Grid: ceil(out / 32) blocks of 1024
@@ -34,13 +35,14 @@ cast_to_elem(const float* x0, elem* y0, u32 n0, const float* x1, elem* y1, u32 n
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module) {
+dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module, u32 width,
+        u32 row) {
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         float m[VEC], v[VEC];
         mask(m, i, threshold, keep, seed, micro_step, module);
         if (i + VEC <= n) {
-            load_vec(x + i, v);
+            load_vec(row == width ? x + i : x + i + (u64)((u32)(i / VEC) / (width / VEC)) * (row - width), v);
 #pragma unroll
             for (int j = 0; j < VEC; j++) v[j] = masked(v[j], m[j]);
             store_vec(y + i, v);

@@ -11,6 +11,7 @@
 //                              f32 arrays are cast to elem (the adapter's A and B): a launch less for each.
 #include "common.cuh"
 #include "dynamic_map.cuh"
+#include "low_rank.cuh"
 
 #define FP4 1u
 
@@ -343,50 +344,61 @@ __device__ __forceinline__ void decode_word(u32 word, float absmax, const u32* l
     }
 }
 
-// One word of eight codes for each thread, and as many threads: what counts is loads in flight and wide stores.
+// WORDS words of eight codes for each thread, 256 words apart: what counts is loads in flight and wide stores.
+#define WORDS 2
 template <typename Scale>
 __device__ __forceinline__ void dequantize(const u8* packed, Scale scale, u64 n, u32 block_shift, u32 quant_type,
-                                           elem* out) {
+                                           elem* out, u32 k, u32 row) {
     const u32* levels = VALUES[quant_type];
-    u64 i = (u64)blockIdx.x * 256 + threadIdx.x, words = n / 8;
-    if (i < words) {
-        u32 word = __ldg((const u32*)packed + i);
+    u64 first = (u64)blockIdx.x * (256 * WORDS) + threadIdx.x, words = n / 8;
+    u32 word[WORDS];
+    float absmax[WORDS];
+#pragma unroll
+    for (int j = 0; j < WORDS; j++) {
+        u64 i = first + 256 * j;
+        word[j] = i < words ? __ldg((const u32*)packed + i) : 0;
         // A word lies in one block.
-        float absmax = scale.at((u32)(i >> (block_shift - 3)));
+        absmax[j] = i < words ? scale.at((u32)(i >> (block_shift - 3))) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < WORDS; j++) {
+        u64 i = first + 256 * j;
+        if (i >= words) continue;
+        // With rows apart, k is a multiple of 8: a word lies in one row.
+        elem* to = row == k ? out + 8 * i : out + 8 * i + (u64)((u32)i / (k / 8)) * (row - k);
         // The smallest value that is not zero is 1/192: from 2^-118 on, no product is a denormal.
-        if (fabsf(absmax) >= 3.009265538105056e-36f)
-            decode_word<false>(word, absmax, levels, out + 8 * i);
+        if (fabsf(absmax[j]) >= 3.009265538105056e-36f)
+            decode_word<false>(word[j], absmax[j], levels, to);
         else
-            decode_word<true>(word, absmax, levels, out + 8 * i);
+            decode_word<true>(word[j], absmax[j], levels, to);
     }
     // What is left, seven elements at most.
-    u64 e = words * 8 + i;
-    if (e < n && i < 8) {
+    u64 e = words * 8 + first;
+    if (e < n && first < 8) {
         u32 code = packed[e / 2] >> (e % 2 == 0 ? 4 : 0) & 15;
         store(out + e, flush(__fmul_rn(__uint_as_float(levels[code]), scale.at((u32)(e >> block_shift)))));
     }
 }
 
-// out: elem [n]; blocksize = 2^block_shift; absmax: f32 [blocks]; y0 = x0 [n0], y1 = x1 [n1].
+// out: elem [n / k, k], rows `row` elements apart (row = k unless k is a multiple of 8); blocksize = 2^block_shift; absmax: f32
+// [blocks]. Beside each row, from column k on, the columns of scaled B, unless b is null: see low_rank.cuh.
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const u8* packed, const float* absmax, u64 n,
-                                                                 u32 block_shift, u32 quant_type, elem* out,
-                                                                 const float* x0, elem* y0, u32 n0, const float* x1,
-                                                                 elem* y1, u32 n1) {
+                                                                 u32 block_shift, u32 quant_type, elem* out, u32 k,
+                                                                 u32 row, const float* b, u32 r, u32 first,
+                                                                 float scaling) {
     Plain scale = {absmax};
-    dequantize(packed, scale, n, block_shift, quant_type, out);
-    cast_elements(x0, y0, n0);
-    cast_elements(x1, y1, n1);
+    dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
+    if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);
 }
 
 // absmax' = DYNAMIC_MAP[codes[b]] * scales[b >> nested_shift] + offset[0].
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(const u8* packed, const u8* codes,
                                                                         const float* scales, const float* offset,
                                                                         u64 n, u32 block_shift, u32 nested_shift,
-                                                                        u32 quant_type, elem* out, const float* x0,
-                                                                        elem* y0, u32 n0, const float* x1, elem* y1,
-                                                                        u32 n1) {
+                                                                        u32 quant_type, elem* out, u32 k, u32 row,
+                                                                        const float* b, u32 r, u32 first,
+                                                                        float scaling) {
     Nested scale = {codes, scales, offset, nested_shift};
-    dequantize(packed, scale, n, block_shift, quant_type, out);
-    cast_elements(x0, y0, n0);
-    cast_elements(x1, y1, n1);
+    dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
+    if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);
 }

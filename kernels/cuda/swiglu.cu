@@ -1,6 +1,6 @@
 // act(gate) * up and its gradient, act SiLU (swiglu) or GELU in its tanh form (geglu); element by element over n = T * F.
 //
-// swiglu, geglu:                   out = gate * sigmoid(z) * up; SiLU: z = gate; GELU: z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
+// swiglu, geglu:                   rows of `out` are `row` elements apart (row = width unless width is a multiple of 8); out = gate * sigmoid(z) * up; SiLU: z = gate; GELU: z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
 // swiglu_backward, geglu_backward: in place: `gate` and `up` become their gradients; dout [T, F] is the gradient of the output.
 // Grid: any number of blocks of 256 threads; each thread takes VEC elements at a time.
 #include "common.cuh"
@@ -27,7 +27,7 @@ __device__ __forceinline__ void backward(float& gate, float& up, float dout) {
 }
 
 template <bool GELU>
-__device__ __forceinline__ void forward_all(const elem* gate, const elem* up, elem* out, u64 n) {
+__device__ __forceinline__ void forward_all(const elem* gate, const elem* up, elem* out, u64 n, u32 width, u32 row) {
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         if (i + VEC <= n) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void forward_all(const elem* gate, const elem* up, el
             load_vec(up + i, u);
 #pragma unroll
             for (int j = 0; j < VEC; j++) g[j] = forward<GELU>(g[j], u[j]);
-            store_vec(out + i, g);
+            store_vec(row == width ? out + i : out + i + (u64)((u32)(i / VEC) / (width / VEC)) * (row - width), g);
         } else {
             for (u64 j = i; j < n; j++) store(out + j, forward<GELU>(load(gate + j), load(up + j)));
         }
@@ -68,13 +68,13 @@ __device__ __forceinline__ void backward_all(elem* gate, elem* up, const elem* d
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-swiglu(const elem* gate, const elem* up, elem* out, u64 n) {
-    forward_all<false>(gate, up, out, n);
+swiglu(const elem* gate, const elem* up, elem* out, u64 n, u32 width, u32 row) {
+    forward_all<false>(gate, up, out, n, width, row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-geglu(const elem* gate, const elem* up, elem* out, u64 n) {
-    forward_all<true>(gate, up, out, n);
+geglu(const elem* gate, const elem* up, elem* out, u64 n, u32 width, u32 row) {
+    forward_all<true>(gate, up, out, n, width, row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

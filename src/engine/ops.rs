@@ -279,6 +279,65 @@ pub struct Linear {
     pub y: Option<TensorId>,
     /// `dropout(x) A^T`, `[T, R]`, kept for the backward pass.
     pub xa: Option<TensorId>,
+    /// `dropout(x) A^T` is there already: columns of `x` from this one on, written by [`Op::LoraA`]. `xa` is absent.
+    pub beside: Option<usize>,
+}
+
+/// Columns that `x A^T` of rank `r` takes beside `x`: whole vectors of 16 bytes in bf16. What is beyond R is zero.
+pub fn low_rank_columns(r: usize) -> usize {
+    r.next_multiple_of(8)
+}
+
+/// A row of a matrix that ends with low-rank columns, in elements: whole cache lines in bf16.
+pub fn row_beside(columns: usize) -> usize {
+    columns.next_multiple_of(64)
+}
+
+/// A LoRA pair whose low-rank product lies in columns of its module's input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Beside {
+    /// The pair.
+    pub lora: Lora,
+    /// Its first column: `in` or more, a multiple of 8.
+    pub first: usize,
+}
+
+/// `x[:, first..] = dropout(x[:, ..in]) A^T` for modules that read the same `x`: one product for all of them. The base product of a
+/// 4-bit weight takes these columns along, `[x | x A^T] [W | scaling B]^T`, so that LoRA costs no product of its own there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraA {
+    /// `[T, row]`, `row` at least `in` and all low-rank columns.
+    pub x: TensorId,
+    /// in.
+    pub in_features: usize,
+    /// The pairs; their columns do not overlap.
+    pub adapters: Vec<Beside>,
+}
+
+/// A module in [`LoraBackward`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdaptedModule {
+    /// The module, with its LoRA pair.
+    pub linear: LinearIds,
+    /// Where its low-rank columns begin in `x`.
+    pub first: usize,
+    /// `[T, out]`.
+    pub dy: TensorId,
+}
+
+/// The adapters' gradients of modules that read the same `x`, and their part of `dx`:
+/// `dxa = scaling dy B`, `grad B += scaling dy^T (x A^T)`, `grad A += dxa^T dropout(x)`, `dx (+)= sum of dropout'(dxa A)`.
+/// The base weights' part is [`LinearBackward`]'s.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraBackward {
+    /// `[T, row]`, with the low-rank columns of [`LoraA`].
+    pub x: TensorId,
+    /// in.
+    pub in_features: usize,
+    /// The modules.
+    pub modules: Vec<AdaptedModule>,
+    /// `[T, in]`; absent where nothing before it is trained.
+    pub dx: Option<TensorId>,
 }
 
 /// `dx (+)= dy W + scaling * dropout'((dy B) A)`; gradients of A, B or of W and b are added to.
@@ -548,8 +607,12 @@ pub struct Transferred {
 pub struct Dequantize {
     /// In 4 bits.
     pub weight: Weight,
-    /// `[out, in]`.
+    /// in.
+    pub in_features: usize,
+    /// `[out, row]`: `row` is `in`, or long enough for the columns of `lora`.
     pub out: TensorId,
+    /// Beside the weight, `scaling B`: zeros up to `first`, then B's columns.
+    pub lora: Option<Beside>,
 }
 
 /// Sets accumulated gradients to zero.
@@ -571,6 +634,8 @@ pub enum Op {
     RmsnormBackward(RmsnormBackward),
     Linear(Linear),
     LinearBackward(LinearBackward),
+    LoraA(LoraA),
+    LoraBackward(LoraBackward),
     SplitColumns(SplitColumns),
     JoinColumns(JoinColumns),
     Rotary(Rotary),
@@ -605,6 +670,8 @@ pub trait Ops {
     fn rmsnorm_backward(&mut self, op: &RmsnormBackward, scratch: Scratch) -> Result<()>;
     fn linear(&mut self, op: &Linear, scratch: Scratch) -> Result<()>;
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()>;
+    fn lora_a(&mut self, op: &LoraA, scratch: Scratch) -> Result<()>;
+    fn lora_backward(&mut self, op: &LoraBackward, scratch: Scratch) -> Result<()>;
     fn split_columns(&mut self, op: &SplitColumns) -> Result<()>;
     fn join_columns(&mut self, op: &JoinColumns) -> Result<()>;
     fn rotary(&mut self, op: &Rotary) -> Result<()>;
@@ -639,6 +706,8 @@ pub trait Ops {
             Op::RmsnormBackward(op) => self.rmsnorm_backward(op, scratch),
             Op::Linear(op) => self.linear(op, scratch),
             Op::LinearBackward(op) => self.linear_backward(op, scratch),
+            Op::LoraA(op) => self.lora_a(op, scratch),
+            Op::LoraBackward(op) => self.lora_backward(op, scratch),
             Op::SplitColumns(op) => self.split_columns(op),
             Op::JoinColumns(op) => self.join_columns(op),
             Op::Rotary(op) => self.rotary(op),
@@ -683,6 +752,8 @@ impl Op {
             Op::RmsnormBackward(_) => "rmsnorm_backward",
             Op::Linear(_) => "linear",
             Op::LinearBackward(_) => "linear_backward",
+            Op::LoraA(_) => "lora_a",
+            Op::LoraBackward(_) => "lora_backward",
             Op::SplitColumns(_) => "split_columns",
             Op::JoinColumns(_) => "join_columns",
             Op::Rotary(_) => "rotary",

@@ -11,7 +11,7 @@ use candle_core::DType;
 use super::layout::{Layout, NormIds, Regions};
 use super::ops::*;
 use crate::model::ModelSpec;
-use crate::plan::{Lifetime, Phase, PlanConfig, Stage};
+use crate::plan::{DeviceKind, Lifetime, Phase, PlanConfig, Stage};
 
 /// The operations of each phase.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +76,8 @@ struct LayerActs {
     xa: [Option<TensorId>; 7],
     /// SwiGLU's output, when the backward pass comes right after it (recomputation).
     swiglu: Option<TensorId>,
+    /// So are the outputs of both norms, where low-rank products lie beside them.
+    normed: [Option<TensorId>; 2],
 }
 
 /// Writes one phase's program.
@@ -269,7 +271,20 @@ impl<'a> Pass<'a> {
         groups: usize,
     ) -> (TensorId, TensorId) {
         let width = self.regions.list[norm.weight.index()].numel() * groups;
-        let out = self.act(&format!("{at} normed"), Stage::Activations, width);
+        self.norm_into(residual, delta, norm, at, groups, width)
+    }
+
+    /// With rows of `row` elements.
+    fn norm_into(
+        &mut self,
+        residual: TensorId,
+        delta: Option<(TensorId, TensorId)>,
+        norm: NormIds,
+        at: &str,
+        groups: usize,
+        row: usize,
+    ) -> (TensorId, TensorId) {
+        let out = self.act(&format!("{at} normed"), Stage::Activations, row);
         let rstd = self.stat(&format!("{at} rstd"), groups);
         self.push(Op::AddRmsnorm(AddRmsnorm {
             residual,
@@ -290,10 +305,13 @@ impl<'a> Pass<'a> {
         for (m, linear) in linears.iter_mut().enumerate().take(DOWN) {
             let Some(linear) = linear else { continue };
             if matches!(linear.weight, Weight::Nf4 { .. }) {
-                let shape = [linear.out_features, linear.in_features];
+                let (weight, in_features) = (linear.weight, linear.in_features);
+                let lora = linear.lora.zip(self.beside(l, m)).map(|(lora, first)| Beside { lora, first });
+                let row = lora.map_or(in_features, |b| row_beside(b.first + low_rank_columns(b.lora.r)));
+                let shape = [linear.out_features, row];
                 let name = format!("layer {l} weight {m} decoded");
                 let out = self.regions.within(self.phase, &name, Stage::Scratch, self.cfg.compute_dtype, &shape);
-                self.push(Op::Dequantize(Dequantize { weight: linear.weight, out }));
+                self.push(Op::Dequantize(Dequantize { weight, in_features, out, lora }));
                 linear.weight = Weight::Dense { w: out };
             }
         }
@@ -312,9 +330,61 @@ impl<'a> Pass<'a> {
     fn linear(&mut self, l: usize, m: usize, x: TensorId, at: &str) -> (TensorId, Option<TensorId>) {
         let linear = self.module(l, m);
         let y = self.act(at, Stage::Activations, linear.out_features);
-        let xa = self.lora_a(&linear, at);
-        self.push(Op::Linear(Linear { linear, x, y: Some(y), xa }));
+        let beside = self.beside(l, m);
+        let xa = if beside.is_some() { None } else { self.lora_a(&linear, at) };
+        self.push(Op::Linear(Linear { linear, x, y: Some(y), xa, beside }));
         (y, xa)
+    }
+
+    /// The places of the modules that read the same input as the one in place `m`.
+    fn siblings(m: usize) -> std::ops::RangeInclusive<usize> {
+        match m {
+            Q..=V => Q..=V,
+            GATE..=UP => GATE..=UP,
+            _ => m..=m,
+        }
+    }
+
+    /// The adapted modules of layer `l` that read the same input as the one in place `m`, each with the column of that input where its
+    /// low-rank product lies: on a GPU, where the base product takes it along. Not attention's output, which its kernels write and
+    /// read as heads, and not widths that are no whole vectors.
+    fn adapters(&self, l: usize, m: usize) -> Vec<(usize, Beside)> {
+        if self.cfg.device != DeviceKind::Cuda || m == O {
+            return Vec::new();
+        }
+        let mut out: Vec<(usize, Beside)> = Vec::new();
+        let mut first = None;
+        for place in Self::siblings(m) {
+            let Some(linear) = &self.layout.layers[l].linears[place] else { continue };
+            if linear.in_features % 8 != 0 {
+                return Vec::new();
+            }
+            let Some(lora) = linear.lora else { continue };
+            let at = first.unwrap_or(linear.in_features);
+            out.push((place, Beside { lora, first: at }));
+            first = Some(at + low_rank_columns(lora.r));
+        }
+        out
+    }
+
+    /// Where the low-rank product of the module in place `m` lies in its input, if it does.
+    fn beside(&self, l: usize, m: usize) -> Option<usize> {
+        self.adapters(l, m).iter().find(|(place, _)| *place == m).map(|(_, beside)| beside.first)
+    }
+
+    /// Elements from row to row of the input of the module in place `m`, which has `width` columns.
+    fn input_row(&self, l: usize, m: usize, width: usize) -> usize {
+        let end = self.adapters(l, m).last().map(|(_, b)| b.first + low_rank_columns(b.lora.r));
+        end.map_or(width, row_beside)
+    }
+
+    /// The low-rank products of the module in place `m` and of its siblings, beside their input.
+    fn low_rank(&mut self, l: usize, m: usize, x: TensorId) {
+        let adapters: Vec<Beside> = self.adapters(l, m).into_iter().map(|(_, beside)| beside).collect();
+        if !adapters.is_empty() {
+            let in_features = self.module(l, m).in_features;
+            self.push(Op::LoraA(LoraA { x, in_features, adapters }));
+        }
     }
 
     /// The module that stands in a place; empty places are never asked for.
@@ -367,7 +437,9 @@ impl<'a> Pass<'a> {
     ) -> (LayerActs, Option<TensorId>) {
         let at = |what: &str| format!("layer {l} {what}");
         let ids = self.layout.layers[l].clone();
-        let (n1, input_rstd) = self.add_norm(residual, delta, ids.input_norm, &at("attention"));
+        let row = self.input_row(l, Q, self.hidden());
+        let (n1, input_rstd) = self.norm_into(residual, delta, ids.input_norm, &at("attention"), 1, row);
+        self.low_rank(l, Q, n1);
         let input = delta.map_or(residual, |d| d.1);
         let offloads = last && l < self.offloaded.len();
         if offloads {
@@ -390,10 +462,13 @@ impl<'a> Pass<'a> {
         xa[O] = attn_xa;
         let (attn, attention_out) = self.out_norm(attn, ids.attention_out_norm, &at("attention output"));
         let middle = self.act(&at("middle"), Stage::Activations, self.hidden());
-        let (n2, middle_rstd) = self.add_norm(input, Some((attn, middle)), ids.post_norm, &at("mlp"));
+        let row = self.input_row(l, GATE, self.hidden());
+        let (n2, middle_rstd) = self.norm_into(input, Some((attn, middle)), ids.post_norm, &at("mlp"), 1, row);
+        self.low_rank(l, GATE, n2);
         let f = self.spec.intermediate_size;
         let [gate, up] = self.side_by_side(l, GATE, n2, [("gate", f), ("up", f)], &mut xa);
         let h = self.swiglu(l, gate, up);
+        self.low_rank(l, DOWN, h);
         let (mut down, mut swiglu, mut mlp_out) = (None, None, None);
         // A norm after the MLP needs its input in the backward pass.
         if last || ids.mlp_out_norm.is_some() {
@@ -403,16 +478,20 @@ impl<'a> Pass<'a> {
             (down, mlp_out) = (Some(y), kept);
         } else {
             let linear = self.module(l, DOWN);
-            xa[DOWN] = self.lora_a(&linear, &at("down"));
+            if self.beside(l, DOWN).is_none() {
+                xa[DOWN] = self.lora_a(&linear, &at("down"));
+            }
             if xa[DOWN].is_some() {
-                self.push(Op::Linear(Linear { linear, x: h, y: None, xa: xa[DOWN] }));
+                self.push(Op::Linear(Linear { linear, x: h, y: None, xa: xa[DOWN], beside: None }));
             }
         }
         if offloads {
             self.push(Op::Transferred(Transferred { device: input }));
         }
+        let mut normed = [None; 2];
         if !last {
             swiglu = Some(h);
+            normed = [(Q, n1), (GATE, n2)].map(|(m, x)| Some(x).filter(|_| !self.adapters(l, m).is_empty()));
         }
         let acts = LayerActs {
             input,
@@ -431,6 +510,7 @@ impl<'a> Pass<'a> {
             mlp_out,
             xa,
             swiglu,
+            normed,
         };
         (acts, down)
     }
@@ -450,7 +530,8 @@ impl<'a> Pass<'a> {
     }
 
     fn swiglu(&mut self, l: usize, gate: TensorId, up: TensorId) -> TensorId {
-        let out = self.act(&format!("layer {l} swiglu"), Stage::Activations, self.spec.intermediate_size);
+        let row = self.input_row(l, DOWN, self.spec.intermediate_size);
+        let out = self.act(&format!("layer {l} swiglu"), Stage::Activations, row);
         let activation = self.spec.activation;
         self.push(Op::Swiglu(Swiglu { gate, up, out, activation }));
         out
@@ -566,15 +647,21 @@ impl<'a> Pass<'a> {
         let h = match a.swiglu {
             _ if !self.learns(&down) => None,
             Some(h) => Some(h),
-            None => Some(self.swiglu(l, a.gate, a.up)),
+            None => {
+                let h = self.swiglu(l, a.gate, a.up);
+                self.low_rank(l, DOWN, h);
+                Some(h)
+            }
         };
         let dmlp = self.out_norm_backward(l, "down", dres, a.mlp_out, ids.mlp_out_norm);
         let dh = self.grad_act(l, "swiglu", self.spec.intermediate_size, self.trained_before(l, 3));
-        self.linear_backward(down, h, a.xa[DOWN], dmlp, dh, false);
+        if !self.low_rank_backward(l, &[(DOWN, down, dmlp)], h, dh) {
+            self.linear_backward(down, h, a.xa[DOWN], dmlp, dh, false);
+        }
         let Some(dh) = dh else { return };
         let activation = self.spec.activation;
         self.push(Op::SwigluBackward(SwigluBackward { gate: a.gate, up: a.up, dout: dh, activation }));
-        let n2 = self.renorm(l, "mlp", a.middle, a.middle_rstd, ids.post_norm, self.any_learns(l, GATE..=UP));
+        let n2 = self.normed_again(l, GATE, a.normed[1], "mlp", (a.middle, a.middle_rstd), ids.post_norm);
         let dn2 = self.grad_act(l, "mlp normed", self.hidden(), self.trained_before(l, 2));
         self.side_by_side_backward(l, GATE, n2, &[a.gate, a.up], dn2, &a.xa);
         let Some(dn2) = dn2 else { return };
@@ -641,7 +728,7 @@ impl<'a> Pass<'a> {
 
     fn qkv_backward(&mut self, l: usize, a: &LayerActs, dy: [TensorId; 3], dres: TensorId) {
         let norm = self.layout.layers[l].input_norm;
-        let n1 = self.renorm(l, "attention", a.input, a.input_rstd, norm, self.any_learns(l, Q..=V));
+        let n1 = self.normed_again(l, Q, a.normed[0], "attention", (a.input, a.input_rstd), norm);
         let dn1 = self.grad_act(l, "attention normed", self.hidden(), self.trained_before(l, 0));
         self.side_by_side_backward(l, Q, n1, &dy, dn1, &a.xa);
         if let Some(dn1) = dn1 {
@@ -660,6 +747,11 @@ impl<'a> Pass<'a> {
         xa: &[Option<TensorId>; 7],
     ) {
         if self.layout.layers[l].linears[first + 1].is_some() {
+            let modules: Vec<_> =
+                dy.iter().enumerate().map(|(i, &dy)| (first + i, self.module(l, first + i), dy)).collect();
+            if self.low_rank_backward(l, &modules, x, dx) {
+                return;
+            }
             for (i, &dy) in dy.iter().enumerate() {
                 self.linear_backward(self.module(l, first + i), x, xa[first + i], dy, dx, i > 0);
             }
@@ -671,8 +763,33 @@ impl<'a> Pass<'a> {
             let whole =
                 self.act(&format!("layer {l} {name} gradient"), Stage::ActivationGradients, linear.out_features);
             self.push(Op::JoinColumns(JoinColumns { parts: dy.to_vec(), whole }));
-            self.linear_backward(linear, x, xa[first], whole, dx, false);
+            if !self.low_rank_backward(l, &[(first, linear, whole)], x, dx) {
+                self.linear_backward(linear, x, xa[first], whole, dx, false);
+            }
         }
+    }
+
+    /// The gradients of modules whose low-rank products lie beside their input `x`: those of all adapters, then each base weight's
+    /// part of `dx`. False: they do not lie there, and nothing is done. Modules as place, module, gradient of its output.
+    fn low_rank_backward(
+        &mut self,
+        l: usize,
+        modules: &[(usize, LinearIds, TensorId)],
+        x: Option<TensorId>,
+        dx: Option<TensorId>,
+    ) -> bool {
+        let adapted: Vec<AdaptedModule> = modules
+            .iter()
+            .filter_map(|&(m, linear, dy)| Some(AdaptedModule { linear, first: self.beside(l, m)?, dy }))
+            .collect();
+        let (Some(x), Some(first)) = (x, adapted.first()) else { return false };
+        let in_features = first.linear.in_features;
+        self.push(Op::LoraBackward(LoraBackward { x, in_features, modules: adapted, dx }));
+        for &(_, linear, dy) in modules {
+            let base = LinearIds { lora: None, ..linear };
+            self.linear_backward(base, None, None, dy, dx, true);
+        }
+        true
     }
 
     /// Whether the gradients of any of these modules need their input.
@@ -689,21 +806,25 @@ impl<'a> Pass<'a> {
         wanted.then(|| self.act(&format!("layer {l} {what} gradient"), Stage::ActivationGradients, width))
     }
 
-    fn renorm(
+    /// The input of the modules from place `m` on, if their gradients need it: `kept`, or normed again.
+    fn normed_again(
         &mut self,
         l: usize,
+        m: usize,
+        kept: Option<TensorId>,
         at: &str,
-        x: TensorId,
-        rstd: TensorId,
+        (x, rstd): (TensorId, TensorId),
         norm: NormIds,
-        wanted: bool,
     ) -> Option<TensorId> {
-        wanted.then(|| {
-            let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, self.hidden());
-            let offset = self.spec.norm_offset();
-            self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, offset, out }));
-            out
-        })
+        if !self.any_learns(l, Self::siblings(m)) || kept.is_some() {
+            return kept;
+        }
+        let row = self.input_row(l, m, self.hidden());
+        let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, row);
+        let offset = self.spec.norm_offset();
+        self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, offset, out }));
+        self.low_rank(l, m, out);
+        Some(out)
     }
 
     fn norm_backward(&mut self, dout: TensorId, x: TensorId, rstd: TensorId, norm: NormIds, dx: TensorId) {

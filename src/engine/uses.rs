@@ -58,6 +58,25 @@ impl Op {
                     }
                 }
             }
+            Op::LoraA(o) => {
+                add(&[o.x]);
+                o.adapters.iter().for_each(|m| add(&[m.lora.a]));
+            }
+            Op::LoraBackward(o) => {
+                add(&[o.x]);
+                add(o.dx.as_slice());
+                for m in &o.modules {
+                    add(&[m.dy]);
+                    // Where it is decoded, B is read beside it.
+                    add(&weight_tensors(m.linear.weight));
+                    if let Some(lora) = &m.linear.lora {
+                        add(&[lora.a, lora.b]);
+                        if let Some((grad_a, grad_b)) = lora.grads {
+                            add(&[grad_a, grad_b]);
+                        }
+                    }
+                }
+            }
             Op::SplitColumns(SplitColumns { whole, parts }) | Op::JoinColumns(JoinColumns { whole, parts }) => {
                 add(&[*whole]);
                 add(parts);
@@ -98,6 +117,7 @@ impl Op {
             Op::Dequantize(o) => {
                 add(&weight_tensors(o.weight));
                 add(&[o.out]);
+                add(o.lora.map(|m| m.lora.b).as_slice());
             }
             Op::Zero(o) => add(&o.tensors),
         }

@@ -326,7 +326,10 @@ const PHASES: [Phase; 5] = [Phase::MicroStep, Phase::Optimizer, Phase::Evaluate,
 fn place(spec: &ModelSpec, config: &PlanConfig, mut layout: Layout, context: usize) -> (Layout, Programs, Placed) {
     let programs = programs(spec, config, &mut layout, context);
     let (mut persistent, mut host) = (0, 0);
-    for r in &mut layout.regions {
+    // The gradients of A of modules that share their input, one after the other: a GPU adds to them in one product.
+    let of_a = |r: &Region| r.stage == Stage::Gradients && r.name.ends_with(".lora_A.weight");
+    let (last, first): (Vec<_>, Vec<_>) = layout.regions.iter_mut().partition(|r| of_a(r));
+    for r in first.into_iter().chain(last) {
         if r.lifetime == Lifetime::Persistent {
             let end = if r.space == Space::Host { &mut host } else { &mut persistent };
             r.offset = *end;
@@ -451,8 +454,19 @@ fn spare_context(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> usize 
     let space = placed.phases.values().copied().max().unwrap_or(0);
     // Alignment takes at most one unit for each of the 2 L caches.
     let slack = 2 * spec.num_hidden_layers as u64 * super::ALIGNMENT;
-    let fits = space.saturating_sub(generate + slack) / per_position as u64;
-    (fits as usize).clamp(MIN_CONTEXT.min(spec.max_position_embeddings), spec.max_position_embeddings)
+    let least = MIN_CONTEXT.min(spec.max_position_embeddings);
+    let within = |fits: u64| (fits as usize).clamp(least, spec.max_position_embeddings);
+    let mut context = within(space.saturating_sub(generate + slack) / per_position as u64);
+    // Caches of another size may be placed with gaps between them.
+    for _ in 0..8 {
+        let (_, _, placed) = place(spec, config, base.clone(), context);
+        let over = placed.phases.get(&Phase::Generate).copied().unwrap_or(0).saturating_sub(space);
+        if over == 0 || context == least {
+            break;
+        }
+        context = within((context as u64).saturating_sub(over.div_ceil(per_position as u64)));
+    }
+    context
 }
 
 /// Sets what differs from the defaults of a method.

@@ -5,7 +5,7 @@ use candle_core::DType;
 use super::DeviceKind;
 use super::region::Region;
 use crate::engine::cpu::linear::dora_len;
-use crate::engine::cuda::scratch::{LinearScratch, LmHeadScratch, grad_norm_bytes};
+use crate::engine::cuda::scratch::{LinearScratch, LmHeadScratch, LoraScratch, grad_norm_bytes};
 use crate::engine::ops::{LinearIds, Op, TensorId, Weight};
 
 /// Bytes of scratch that `op` needs on `device`, with activations in `compute`.
@@ -28,8 +28,13 @@ fn width(regions: &[Region], id: TensorId) -> usize {
 fn cuda(op: &Op, regions: &[Region], elem: usize) -> usize {
     let rows = |id| rows(regions, id);
     match op {
-        Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false).total,
-        Op::LinearBackward(o) => LinearScratch::new(&o.linear, rows(o.dy), elem, o.dx.is_some(), true).total,
+        Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false, o.beside).total,
+        Op::LinearBackward(o) => LinearScratch::new(&o.linear, rows(o.dy), elem, o.dx.is_some(), true, None).total,
+        Op::LoraA(o) => {
+            let pairs = o.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));
+            LoraScratch::forward(pairs, o.in_features, rows(o.x), elem).total
+        }
+        Op::LoraBackward(o) => LoraScratch::backward(o, rows(o.x), elem).total,
         // Per token and head: the dot product of the output and its gradient.
         Op::AttentionBackward(o) => rows(o.q) * o.heads.q * 4,
         Op::LmHeadCe(o) => LmHeadScratch::new(o, rows(o.x), width(regions, o.x), rows(o.weight), elem).total,

@@ -21,7 +21,7 @@
 use std::collections::BTreeMap;
 
 use tunebook::data::Batch;
-use tunebook::engine::ops::{Heads, LinearIds, Op, TensorId};
+use tunebook::engine::ops::{Heads, LinearIds, Lora, Op, TensorId};
 use tunebook::plan::{Lifetime, MemoryPlan, Phase, Stage};
 
 /// Floating-point operations of one run of a phase's program on `batch`, by kind of operation; kinds without any are
@@ -49,6 +49,8 @@ fn of_op(plan: &MemoryPlan, op: &Op, batch: &Batch) -> f64 {
         Op::Linear(o) => {
             let m = &o.linear;
             let adapter = match (&m.lora, o.xa) {
+                // A x is LoraA's.
+                (Some(lora), None) if o.beside.is_some() => product(m.out_features, lora.r),
                 (Some(lora), Some(_)) => {
                     product(lora.r, m.in_features) + times(o.y.is_some()) * product(m.out_features, lora.r)
                 }
@@ -67,6 +69,14 @@ fn of_op(plan: &MemoryPlan, op: &Op, batch: &Batch) -> f64 {
                 n += out + times(lora.grads.is_some()) * (out + into) + times(o.dx.is_some()) * into;
             }
             n
+        }
+        Op::LoraA(o) => o.adapters.iter().map(|m| product(m.lora.r, o.in_features)).sum(),
+        Op::LoraBackward(o) => {
+            let of = |m: &LinearIds, lora: &Lora| {
+                let (out, into) = (product(lora.r, m.out_features), product(lora.r, m.in_features));
+                out + times(lora.grads.is_some()) * (out + into) + times(o.dx.is_some()) * into
+            };
+            o.modules.iter().filter_map(|m| Some(of(&m.linear, m.linear.lora.as_ref()?))).sum()
         }
         Op::Attention(o) => attention(&o.heads, 2.0),
         Op::AttentionBackward(o) => attention(&o.heads, 5.0),

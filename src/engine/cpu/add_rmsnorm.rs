@@ -62,13 +62,14 @@ impl CpuOps {
         let (residual, weight, out, rstd) =
             unsafe { (self.rows(op.residual), self.slice::<f32>(op.weight), self.rows(op.out), self.rows(op.rstd)) };
         let width = weight.len();
+        let row = self.width(op.out) / (self.width(op.residual) / width);
         if let (Some(delta), Some(sum)) = (op.delta, op.sum) {
             // SAFETY: as above.
             let (delta, sum) = unsafe { (self.rows(delta), self.rows(sum)) };
             sum.par_chunks_mut(width)
                 .zip(residual.par_chunks(width))
                 .zip(delta.par_chunks(width))
-                .zip(out.par_chunks_mut(width))
+                .zip(out.par_chunks_mut(row))
                 .zip(rstd)
                 .for_each(|((((sum, a), b), out), rstd)| {
                     add_row(sum, a, b);
@@ -77,7 +78,7 @@ impl CpuOps {
         } else {
             residual
                 .par_chunks(width)
-                .zip(out.par_chunks_mut(width))
+                .zip(out.par_chunks_mut(row))
                 .zip(rstd)
                 .for_each(|((x, out), rstd)| norm_row(x, weight, op.offset, eps, out, rstd));
         }
@@ -88,7 +89,8 @@ impl CpuOps {
         let (x, rstd, weight, out) =
             unsafe { (self.rows(op.x), self.rows(op.rstd), self.slice::<f32>(op.weight), self.rows(op.out)) };
         let width = weight.len();
-        out.par_chunks_mut(width)
+        let row = self.width(op.out) / (self.width(op.x) / width);
+        out.par_chunks_mut(row)
             .zip(x.par_chunks(width))
             .zip(rstd)
             .for_each(|((out, x), rstd)| rescale_row(out, x, weight, op.offset, *rstd));

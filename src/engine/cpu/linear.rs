@@ -41,7 +41,8 @@ impl CpuOps {
             // SAFETY: as above.
             let y = unsafe { self.rows(y) };
             let w = self.base_weight(m, space);
-            matmul(y, Matrix::new(x, k), Matrix::new(w, k).t(), t, n, k, 1.0, false);
+            let w = Matrix::new(w, self.weight_row(m));
+            matmul(y, Matrix::new(x, self.width(op.x)), w.t(), t, n, k, 1.0, false);
         }
         self.add_adapter(op, x, space, dropped);
         if let (Some(bias), Some(y)) = (m.bias, op.y) {
@@ -55,6 +56,12 @@ impl CpuOps {
     fn add_adapter(&self, op: &Linear, x: &[f32], w: &mut [f32], space: &mut [f32]) {
         let (t, m) = (self.tokens, &op.linear);
         let (n, k) = (m.out_features, m.in_features);
+        if let (Some(lora), Some(first), Some(y), true) = (&m.lora, op.beside, op.y, self.state.adapter) {
+            // SAFETY: regions of one operation.
+            let (y, b) = unsafe { (self.rows(y), self.slice::<f32>(lora.b)) };
+            let xa = Matrix::new(&x[first..], self.width(op.x));
+            matmul(y, xa, Matrix::new(b, lora.r).t(), t, n, lora.r, lora.scaling, true);
+        }
         let (Some(lora), Some(xa), true) = (&m.lora, op.xa, self.state.adapter) else { return };
         // SAFETY: regions of one operation.
         let (xa, a, b) = unsafe { (self.rows(xa), self.slice::<f32>(lora.a), self.slice::<f32>(lora.b)) };
@@ -93,8 +100,8 @@ impl CpuOps {
         if let Some(dx) = op.dx {
             // SAFETY: as above.
             let dx = unsafe { self.rows(dx) };
-            let w = self.base_weight(m, space);
-            matmul(dx, Matrix::new(dy, n), Matrix::new(w, k), t, k, n, 1.0, op.accumulate);
+            let w = Matrix::new(self.base_weight(m, space), self.weight_row(m));
+            matmul(dx, Matrix::new(dy, n), w, t, k, n, 1.0, op.accumulate);
         }
         if let (Some(grad), Some(x)) = (m.grad, op.x) {
             // SAFETY: as above.
@@ -234,6 +241,14 @@ impl CpuOps {
             vec![0f32; if matches!(m.weight, Weight::Nf4 { .. }) { m.out_features * m.in_features } else { 0 }];
         let w = self.base_weight(m, &mut space);
         w.par_chunks(m.in_features).map(|row| dot(row, row).sqrt()).collect()
+    }
+
+    /// From row to row of what [`CpuOps::base_weight`] gives: a decoded weight may have columns beside it.
+    fn weight_row(&self, m: &LinearIds) -> usize {
+        match m.weight {
+            Weight::Dense { w } => self.width(w),
+            Weight::Nf4 { .. } => m.in_features,
+        }
     }
 
     /// `[out, in]`: the dense weight, or the 4-bit one dequantized into `space`.

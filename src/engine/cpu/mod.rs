@@ -13,6 +13,7 @@ mod columns;
 mod embedding;
 pub(crate) mod linear;
 mod lm_head;
+mod lora;
 mod math;
 mod matmul;
 mod optimizer;
@@ -111,15 +112,19 @@ impl CpuOps {
         bytemuck::cast_slice_mut(unsafe { self.bytes(id) })
     }
 
+    /// Elements of a row of a region.
+    fn width(&self, id: TensorId) -> usize {
+        let r = self.region(id);
+        r.numel() / r.shape[0]
+    }
+
     /// The rows of the batch at hand of an activation `[T, width]`, f32.
     ///
     /// # Safety
     /// As [`CpuOps::bytes`].
     #[allow(clippy::mut_from_ref)]
     unsafe fn rows(&self, id: TensorId) -> &mut [f32] {
-        let r = self.region(id);
-        let width = r.numel() / r.shape[0];
-        let tokens = self.tokens;
+        let (width, tokens) = (self.width(id), self.tokens);
         // SAFETY: passed on to the caller.
         let all = unsafe { self.slice::<f32>(id) };
         &mut all[..tokens * width]
@@ -239,6 +244,14 @@ impl Ops for CpuOps {
         self.linear_grad(op, scratch);
         Ok(())
     }
+    fn lora_a(&mut self, op: &LoraA, _: Scratch) -> Result<()> {
+        self.low_rank(op);
+        Ok(())
+    }
+    fn lora_backward(&mut self, op: &LoraBackward, _: Scratch) -> Result<()> {
+        self.low_rank_grads(op);
+        Ok(())
+    }
     fn split_columns(&mut self, op: &SplitColumns) -> Result<()> {
         self.split(op);
         Ok(())
@@ -307,7 +320,22 @@ impl Ops for CpuOps {
     }
     fn dequantize(&mut self, op: &Dequantize) -> Result<()> {
         // SAFETY: regions of one operation.
-        self.decode(op.weight, unsafe { self.slice(op.out) });
+        let out: &mut [f32] = unsafe { self.slice(op.out) };
+        let (k, row) = (op.in_features, self.width(op.out));
+        if row == k {
+            self.decode(op.weight, out);
+            return Ok(());
+        }
+        let mut dense = vec![0f32; out.len() / row * k];
+        self.decode(op.weight, &mut dense);
+        for (i, (out, w)) in out.chunks_exact_mut(row).zip(dense.chunks_exact(k)).enumerate() {
+            out[..k].copy_from_slice(w);
+            let Some(Beside { lora, first }) = op.lora else { continue };
+            // SAFETY: only read.
+            let b = unsafe { &self.slice::<f32>(lora.b)[i * lora.r..][..lora.r] };
+            out[k..first + low_rank_columns(lora.r)].fill(0.0);
+            out[first..].iter_mut().zip(b).for_each(|(o, b)| *o = lora.scaling * b);
+        }
         Ok(())
     }
     fn zero(&mut self, op: &Zero) -> Result<()> {

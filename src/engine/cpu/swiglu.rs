@@ -71,6 +71,13 @@ impl CpuOps {
             Activation::Silu => swiglu_part,
             Activation::GeluTanh => geglu_part,
         };
+        let (width, row) = (self.width(op.gate), self.width(op.out));
+        if row > width {
+            for ((out, gate), up) in out.chunks_mut(row).zip(gate.chunks(width)).zip(up.chunks(width)) {
+                part(&mut out[..width], gate, up);
+            }
+            return;
+        }
         out.par_chunks_mut(PART)
             .zip(gate.par_chunks(PART))
             .zip(up.par_chunks(PART))

@@ -30,6 +30,7 @@ impl CudaOps {
                 Arg::U32(self.region(op.weight).numel() as u32),
                 Arg::F32(self.plan.spec().rms_norm_eps as f32),
                 Arg::F32(op.offset),
+                self.row_of(op.out, op.residual, op.weight),
             ],
         )
     }
@@ -46,8 +47,15 @@ impl CudaOps {
                 Arg::Ptr(self.ptr(op.out)),
                 Arg::U32(self.region(op.weight).numel() as u32),
                 Arg::F32(op.offset),
+                self.row_of(op.out, op.x, op.weight),
             ],
         )
+    }
+
+    /// From row to row of a norm's output: of what is normed at a time, which is a head of a token or all of it.
+    fn row_of(&self, out: TensorId, x: TensorId, weight: TensorId) -> Arg {
+        let groups = self.width(x) / self.region(weight).numel();
+        Arg::U32((self.width(out) / groups) as u32)
     }
 
     pub(super) fn norm_backward(&self, op: &RmsnormBackward) -> Result<()> {
@@ -88,8 +96,7 @@ impl CudaOps {
 
     /// A block of 256 threads for each row that is normed: a token, or a head of a token.
     fn norm_rows(&self, x: TensorId, weight: TensorId) -> Launch {
-        let r = self.region(x);
-        let groups = r.numel() / r.shape[0] / self.region(weight).numel();
+        let groups = self.width(x) / self.region(weight).numel();
         Launch { grid: [(self.tokens * groups) as u32, 1, 1], block: 256, shared: 0 }
     }
 

@@ -53,7 +53,7 @@ pub fn bench_nf4(rows: usize, columns: usize, config: Nf4Config, repeats: usize)
         } else {
             Scales::Plain(at(scales))
         };
-        nf4::dequantize(&gpu, at(packed), scales, config, n, at(dense), &nf4::NO_CASTS)
+        nf4::dequantize(&gpu, at(packed), scales, config, n, at(dense), nf4::Rows::dense(columns))
     };
     let time = |work: &dyn Fn(usize) -> Result<()>| -> Result<Vec<f64>> {
         let mut seconds = Vec::with_capacity(repeats);

@@ -24,11 +24,6 @@ impl CudaOps {
         Ok(())
     }
 
-    fn width(&self, id: TensorId) -> usize {
-        let r = self.region(id);
-        r.numel() / r.shape[0]
-    }
-
     /// `width` columns, each side from its first on.
     fn copy_columns(&self, from: (TensorId, usize), to: (TensorId, usize), width: usize) -> Result<()> {
         let count = |n: usize| Arg::U32(n as u32);

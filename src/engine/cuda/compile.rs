@@ -20,9 +20,10 @@ pub(super) struct Target {
 }
 
 /// What kernel files include.
-const INCLUDES: [(&str, &str); 3] = [
+const INCLUDES: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../../kernels/cuda/common.cuh")),
     ("dynamic_map.cuh", include_str!("../../../kernels/cuda/dynamic_map.cuh")),
+    ("low_rank.cuh", include_str!("../../../kernels/cuda/low_rank.cuh")),
     ("hopper.cuh", include_str!("../../../kernels/cuda/hopper.cuh")),
 ];
 

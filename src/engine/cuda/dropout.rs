@@ -2,7 +2,6 @@
 
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
-use super::nf4::{Casts, cast_args};
 use crate::Result;
 use crate::engine::ops::Lora;
 
@@ -10,23 +9,30 @@ use crate::engine::ops::Lora;
 const BLOCKS: usize = 16;
 
 impl CudaOps {
-    /// f32 arrays to the compute dtype.
-    pub(super) fn cast(&self, casts: &Casts) -> Result<()> {
-        let most = casts[0].2.max(casts[1].2);
+    /// f32 arrays to the compute dtype: from, to, elements.
+    pub(super) fn cast(&self, casts: [(u64, u64, usize); 2]) -> Result<()> {
+        let [(x0, y0, n0), (x1, y1, n1)] = casts;
+        let most = n0.max(n1);
         if most == 0 {
             return Ok(());
         }
-        self.gpu.launch("linear", "cast_to_elem", self.elements(most), &cast_args(casts))
+        let args = [Arg::Ptr(x0), Arg::Ptr(y0), Arg::U32(n0 as u32), Arg::Ptr(x1), Arg::Ptr(y1), Arg::U32(n1 as u32)];
+        self.gpu.launch("linear", "cast_to_elem", self.elements(most), &args)
     }
 
     /// `y = dropout(x)`, elem `[n]`, with the module's mask of this micro-step; `y` may be `x`.
     pub(super) fn dropout(&self, lora: &Lora, x: u64, y: u64, n: usize) -> Result<()> {
-        self.dropout_kernel("dropout", lora, [x, y], n)
+        self.dropout_kernel("dropout", lora, [x, y], n, &[Arg::U32(1), Arg::U32(1)])
+    }
+
+    /// The same where rows of x, `[n / width, width]`, are `row` elements apart; those of y are not.
+    pub(super) fn dropout_rows(&self, lora: &Lora, x: (u64, usize), y: u64, n: usize, width: usize) -> Result<()> {
+        self.dropout_kernel("dropout", lora, [x.0, y], n, &[Arg::U32(width as u32), Arg::U32(x.1 as u32)])
     }
 
     /// `y += dropout(x)`, elem `[n]`, with the mask of [`CudaOps::dropout`].
     pub(super) fn dropout_add(&self, lora: &Lora, y: u64, x: u64, n: usize) -> Result<()> {
-        self.dropout_kernel("dropout_add", lora, [y, x], n)
+        self.dropout_kernel("dropout_add", lora, [y, x], n, &[])
     }
 
     /// Whether the module's input is dropped now: in training, where it has dropout.
@@ -34,7 +40,14 @@ impl CudaOps {
         self.state.training && lora.dropout > 0.0
     }
 
-    fn dropout_kernel(&self, kernel: &'static str, lora: &Lora, [first, second]: [u64; 2], n: usize) -> Result<()> {
+    fn dropout_kernel(
+        &self,
+        kernel: &'static str,
+        lora: &Lora,
+        [first, second]: [u64; 2],
+        n: usize,
+        rows: &[Arg],
+    ) -> Result<()> {
         let args = [
             Arg::Ptr(first),
             Arg::Ptr(second),
@@ -46,7 +59,7 @@ impl CudaOps {
             Arg::U64(self.state.micro_step),
             Arg::U32(lora.module),
         ];
-        self.gpu.launch("linear", kernel, self.elements(n), &args)
+        self.gpu.launch("linear", kernel, self.elements(n), &[&args[..], rows].concat())
     }
 
     /// Blocks of 256 threads for a kernel whose threads take 16 bytes of `n` elements at a time, in steps of the grid.

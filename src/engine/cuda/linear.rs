@@ -7,10 +7,10 @@ use candle_core::DType;
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
 use super::matmul::Matrix;
-use super::nf4::{NO_CASTS, quant_type_code};
+use super::nf4::{Rows, quant_type_code};
 use super::scratch::LinearScratch;
 use crate::Result;
-use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
+use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight, low_rank_columns};
 
 /// Dynamic shared memory that the kernel for one token takes for its input, at most.
 const ONE_SHARED: usize = 40 << 10;
@@ -20,15 +20,60 @@ impl CudaOps {
         let (t, m, e) = (self.tokens, op.linear, self.dtype);
         let (n, k) = (m.out_features, m.in_features);
         let rows = self.region(op.x).shape[0];
-        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.y.is_some(), false);
+        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.y.is_some(), false, op.beside);
         let base = self.at(scratch);
-        let x = Matrix::new(self.ptr(op.x), e, k);
+        let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
         let y = op.y.map(|y| Matrix::new(self.ptr(y), e, n));
+        let lora = m.lora.as_ref().filter(|_| self.state.adapter);
+        let (Some(y), Some(first), Some(lora)) = (y, op.beside, lora) else {
+            return self.linear_apart(op, x, y, base, space);
+        };
+        if self.has_one_kernel(&m) {
+            self.linear_one(&m, x.ptr, y.ptr, Some((lora, x.columns(first).ptr)))?;
+            return self.add_bias(&m, y.ptr);
+        }
+        // What the weight has beside it is multiplied with what the input has beside it.
+        let together = first + low_rank_columns(lora.r);
+        match m.weight {
+            Weight::Nf4 { .. } => {
+                let rows = Rows { k, row: space.row, beside: Some(self.scaled_b(lora, first)) };
+                self.decode(&m.weight, n * k, base + space.weight, rows)?;
+                let w = Matrix::new(base + space.weight, e, space.row);
+                self.matmul(y, x, w.t(), (t, n, together), 1.0, 0.0)?;
+            }
+            Weight::Dense { w } if self.width(w) > k => {
+                let w = Matrix::new(self.ptr(w), e, self.width(w));
+                self.matmul(y, x, w.t(), (t, n, together), 1.0, 0.0)?;
+            }
+            Weight::Dense { w } => {
+                let b = self.cast_b(lora, n, base + space.b)?;
+                self.matmul(y, x.columns(first), b.t(), (t, n, lora.r), lora.scaling, 0.0)?;
+                let w = Matrix::new(self.ptr(w), e, k);
+                self.matmul(y, x, w.t(), (t, n, k), 1.0, 1.0)?;
+            }
+        }
+        self.add_bias(&m, y.ptr)
+    }
+
+    /// A module whose low-rank product is a tensor of its own, or that has none.
+    fn linear_apart(
+        &mut self,
+        op: &Linear,
+        x: Matrix,
+        y: Option<Matrix>,
+        base: u64,
+        space: LinearScratch,
+    ) -> Result<()> {
+        let (t, m, e) = (self.tokens, op.linear, self.dtype);
+        let (n, k) = (m.out_features, m.in_features);
         let adapted = match (&m.lora, op.xa) {
             (Some(lora), Some(xa)) if self.state.adapter => Some((lora, Matrix::new(self.ptr(xa), e, lora.r))),
             _ => None,
         };
         if let (Some(y), true) = (y, self.has_one_kernel(&m)) {
+            if let Some((lora, xa)) = adapted {
+                self.low_rank_one(lora, k, x.ptr, xa.ptr)?;
+            }
             self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)))?;
             return self.add_bias(&m, y.ptr);
         }
@@ -46,6 +91,15 @@ impl CudaOps {
         self.add_bias(&m, y.ptr)
     }
 
+    /// B in the compute dtype: cast to `to` where that is not its own.
+    fn cast_b(&self, lora: &Lora, n: usize, to: u64) -> Result<Matrix> {
+        if self.dtype == DType::F32 {
+            return Ok(Matrix::new(self.ptr(lora.b), DType::F32, lora.r));
+        }
+        self.cast([(self.ptr(lora.b), to, n * lora.r), (0, 0, 0)])?;
+        Ok(Matrix::new(to, self.dtype, lora.r))
+    }
+
     /// `y += bias`, where the module has one.
     fn add_bias(&self, m: &LinearIds, y: u64) -> Result<()> {
         let Some(bias) = m.bias else { return Ok(()) };
@@ -58,13 +112,13 @@ impl CudaOps {
         let (t, m, e) = (self.tokens, op.linear, self.dtype);
         let (n, k) = (m.out_features, m.in_features);
         let rows = self.region(op.dy).shape[0];
-        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.dx.is_some(), true);
+        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.dx.is_some(), true, None);
         let base = self.at(scratch);
         let dy = Matrix::new(self.ptr(op.dy), e, n);
         let lora = m.lora.filter(|_| op.x.is_some() && op.xa.is_some());
         let ready = self.weights(&m, base, space, op.dx.is_some(), lora.is_some())?;
         if let (Some(grad), Some(x)) = (m.grad, op.x) {
-            let x = Matrix::new(self.ptr(x), e, k);
+            let x = Matrix::new(self.ptr(x), e, self.width(x));
             let grad = Matrix::new(self.ptr(grad), self.region(grad).dtype, k);
             self.matmul(grad, dy.t(), x, (n, k, t), 1.0, 1.0)?;
         }
@@ -137,14 +191,18 @@ impl CudaOps {
         self.tokens == 1 && !self.state.training && whole && m.in_features.is_multiple_of(32) && shared <= ONE_SHARED
     }
 
-    /// `y = W x + scaling * B (A x)` for one token, by kernels/cuda/linear_one.cu. `adapter`: the pair, and where `A x` goes.
+    /// `xa = A x` for one token.
+    pub(super) fn low_rank_one(&self, lora: &Lora, k: usize, x: u64, xa: u64) -> Result<()> {
+        let args = [Arg::Ptr(self.ptr(lora.a)), Arg::Ptr(x), Arg::Ptr(xa), Arg::U32(k as u32)];
+        let how = Launch { grid: [lora.r as u32, 1, 1], block: 256, shared: 0 };
+        self.gpu.launch("linear_one", "lora_one", how, &args)
+    }
+
+    /// `y = W x + scaling * B xa` for one token, by kernels/cuda/linear_one.cu. `adapter`: the pair, and where `xa = A x` is.
     fn linear_one(&self, m: &LinearIds, x: u64, y: u64, adapter: Option<(&Lora, u64)>) -> Result<()> {
         let (n, k) = (m.out_features, m.in_features);
         let mut low = [Arg::Ptr(0), Arg::Ptr(0), Arg::U32(0), Arg::F32(0.0)];
         if let Some((lora, xa)) = adapter {
-            let args = [Arg::Ptr(self.ptr(lora.a)), Arg::Ptr(x), Arg::Ptr(xa), Arg::U32(k as u32)];
-            let how = Launch { grid: [lora.r as u32, 1, 1], block: 256, shared: 0 };
-            self.gpu.launch("linear_one", "lora_one", how, &args)?;
             low = [Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(xa), Arg::U32(lora.r as u32), Arg::F32(lora.scaling)];
         }
         let vectors = [Arg::Ptr(x), Arg::Ptr(y), Arg::U32(n as u32), Arg::U32(k as u32)];
@@ -182,28 +240,27 @@ impl CudaOps {
         Ok(Matrix { ptr: space, ..x })
     }
 
-    /// The module's matrices in the compute dtype: a 4-bit weight is decoded, A and B are cast, in one launch.
+    /// The module's matrices in the compute dtype: a 4-bit weight is decoded, A and B are cast.
     fn weights(&self, m: &LinearIds, base: u64, space: LinearScratch, product: bool, adapted: bool) -> Result<Ready> {
         let (n, k, e) = (m.out_features, m.in_features, self.dtype);
         let r = m.lora.map_or(1, |l| l.r);
-        let (mut a, mut b, mut casts) = (0, 0, NO_CASTS);
+        let (mut a, mut b) = (0, 0);
         if let (Some(lora), true) = (&m.lora, adapted) {
             (a, b) = (self.ptr(lora.a), self.ptr(lora.b));
             if e != DType::F32 {
-                casts = [(a, base + space.a, r * k), (b, base + space.b, n * r)];
+                self.cast([(a, base + space.a, r * k), (b, base + space.b, n * r)])?;
                 (a, b) = (base + space.a, base + space.b);
             }
         }
-        let w = match m.weight {
-            Weight::Dense { w } => self.ptr(w),
-            Weight::Nf4 { .. } => base + space.weight,
+        let (w, row) = match m.weight {
+            // A decoded one may have columns beside it.
+            Weight::Dense { w } => (self.ptr(w), self.width(w)),
+            Weight::Nf4 { .. } => (base + space.weight, k),
         };
         if product && matches!(m.weight, Weight::Nf4 { .. }) {
-            self.decode(&m.weight, n * k, w, &casts)?;
-        } else {
-            self.cast(&casts)?;
+            self.decode(&m.weight, n * k, w, Rows::dense(k))?;
         }
-        Ok(Ready { w: Matrix::new(w, e, k), a: Matrix::new(a, e, k), b: Matrix::new(b, e, r) })
+        Ok(Ready { w: Matrix::new(w, e, row), a: Matrix::new(a, e, k), b: Matrix::new(b, e, r) })
     }
 }
 

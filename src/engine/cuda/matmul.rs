@@ -32,6 +32,18 @@ impl Matrix {
         Matrix { transposed: !self.transposed, ..self }
     }
 
+    /// The columns from `first` on.
+    pub fn columns(self, first: usize) -> Self {
+        debug_assert!(!self.transposed);
+        Matrix { ptr: self.ptr + (first * self.dtype.size_in_bytes()) as u64, ..self }
+    }
+
+    /// The rows from `first` on.
+    pub fn rows(self, first: usize) -> Self {
+        debug_assert!(!self.transposed);
+        Matrix { ptr: self.ptr + (first * self.row * self.dtype.size_in_bytes()) as u64, ..self }
+    }
+
     /// What the library may assume of the address, in bytes.
     fn alignment(&self) -> u32 {
         1 << self.ptr.trailing_zeros().min(8)

@@ -18,6 +18,7 @@ mod linear;
 mod lm_head;
 mod lm_head_rows;
 mod load;
+mod lora;
 mod matmul;
 mod nf4;
 mod nvml;
@@ -136,6 +137,12 @@ impl CudaOps {
 
     fn region(&self, id: TensorId) -> &Region {
         &self.plan.regions()[id.index()]
+    }
+
+    /// Elements of a row of a region.
+    fn width(&self, id: TensorId) -> usize {
+        let r = self.region(id);
+        r.numel() / r.shape[0]
     }
 
     /// The device address of a region; pinned memory has one too.
@@ -302,6 +309,12 @@ impl Ops for CudaOps {
     fn linear_backward(&mut self, op: &LinearBackward, scratch: Scratch) -> Result<()> {
         self.linear_grad(op, scratch)
     }
+    fn lora_a(&mut self, op: &LoraA, scratch: Scratch) -> Result<()> {
+        self.low_rank(op, scratch)
+    }
+    fn lora_backward(&mut self, op: &LoraBackward, scratch: Scratch) -> Result<()> {
+        self.low_rank_grads(op, scratch)
+    }
     fn split_columns(&mut self, op: &SplitColumns) -> Result<()> {
         self.split(op)
     }
@@ -360,7 +373,10 @@ impl Ops for CudaOps {
         self.transfers.wait_for(&self.gpu, op.device)
     }
     fn dequantize(&mut self, op: &Dequantize) -> Result<()> {
-        self.decode(&op.weight, self.region(op.out).numel(), self.ptr(op.out), &nf4::NO_CASTS)
+        let (k, row) = (op.in_features, self.width(op.out));
+        let beside = op.lora.map(|m| self.scaled_b(&m.lora, m.first));
+        let numel = self.region(op.out).shape[0] * k;
+        self.decode(&op.weight, numel, self.ptr(op.out), nf4::Rows { k, row, beside })
     }
     fn zero(&mut self, op: &Zero) -> Result<()> {
         self.launch_updates()?;

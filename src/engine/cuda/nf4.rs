@@ -114,19 +114,36 @@ pub(super) fn nest(
     gpu.launch("nf4", "nf4_absmax_nest", strided(gpu, blocks.div_ceil(nested_blocksize)), &args)
 }
 
-/// f32 arrays that are cast to the compute dtype on the way: from, to, elements.
-pub(super) type Casts = [(u64, u64, usize); 2];
-
-/// No casts.
-pub(super) const NO_CASTS: Casts = [(0, 0, 0); 2];
-
-/// The casts as the kernels take them.
-pub(super) fn cast_args(casts: &Casts) -> [Arg; 6] {
-    let [(x0, y0, n0), (x1, y1, n1)] = *casts;
-    [Arg::Ptr(x0), Arg::Ptr(y0), Arg::U32(n0 as u32), Arg::Ptr(x1), Arg::Ptr(y1), Arg::U32(n1 as u32)]
+/// How a decoded matrix lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    /// Columns of the matrix.
+    pub k: usize,
+    /// Elements from row to row: `k`, or more where `k` is a multiple of 8.
+    pub row: usize,
+    /// What stands beside it, from column `k` on.
+    pub beside: Option<ScaledB>,
 }
 
-/// `out [n]` of the compute dtype from 4 bits. `packed` and `out` are aligned to 16 bytes.
+impl Rows {
+    /// One row after the other.
+    pub fn dense(k: usize) -> Self {
+        Rows { k, row: k, beside: None }
+    }
+}
+
+/// `scaling * B` as columns of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScaledB {
+    /// Address of f32 `[out, r]`.
+    pub b: u64,
+    pub r: usize,
+    /// Column of the matrix where it begins; before it are zeros.
+    pub first: usize,
+    pub scaling: f32,
+}
+
+/// `out`, n elements of the compute dtype from 4 bits. `packed` and `out` are aligned to 16 bytes.
 pub(super) fn dequantize(
     gpu: &Gpu,
     packed: u64,
@@ -134,30 +151,34 @@ pub(super) fn dequantize(
     config: Nf4Config,
     n: usize,
     out: u64,
-    casts: &Casts,
+    rows: Rows,
 ) -> Result<()> {
-    // A thread for each word of eight codes.
-    let how = Launch { grid: [n.div_ceil(256 * 8).max(1) as u32, 1, 1], block: 256, shared: 0 };
+    // A thread for two words of eight codes.
+    let how = Launch { grid: [n.div_ceil(256 * 8 * 2).max(1) as u32, 1, 1], block: 256, shared: 0 };
     let (n, shift) = (Arg::U64(n as u64), Arg::U32(config.blocksize.trailing_zeros()));
     let (quant_type, out) = (Arg::U32(quant_type_code(config.quant_type)), Arg::Ptr(out));
     let packed = Arg::Ptr(packed);
+    let none = ScaledB { b: 0, r: 0, first: 0, scaling: 0.0 };
+    let ScaledB { b, r, first, scaling } = rows.beside.unwrap_or(none);
+    let [k, row, r, first] = [rows.k, rows.row, r, first].map(|n| Arg::U32(n as u32));
+    let rows = [k, row, Arg::Ptr(b), r, first, Arg::F32(scaling)];
     match scales {
         Scales::Plain(absmax) => {
             let args = [packed, Arg::Ptr(absmax), n, shift, quant_type, out];
-            gpu.launch("nf4", "nf4_dequantize", how, &[&args[..], &cast_args(casts)].concat())
+            gpu.launch("nf4", "nf4_dequantize", how, &[&args[..], &rows].concat())
         }
         Scales::Nested { codes, absmax, offset } => {
             let nested_shift = Arg::U32(config.nested_blocksize.trailing_zeros());
             let [codes, absmax, offset] = [codes, absmax, offset].map(Arg::Ptr);
             let args = [packed, codes, absmax, offset, n, shift, nested_shift, quant_type, out];
-            gpu.launch("nf4", "nf4_dequantize_nested", how, &[&args[..], &cast_args(casts)].concat())
+            gpu.launch("nf4", "nf4_dequantize_nested", how, &[&args[..], &rows].concat())
         }
     }
 }
 
 impl CudaOps {
-    /// A 4-bit weight of `numel` elements, decoded to the compute dtype at `out`, and casts.
-    pub(super) fn decode(&self, weight: &Weight, numel: usize, out: u64, casts: &Casts) -> Result<()> {
+    /// A 4-bit weight of `numel` elements, decoded to the compute dtype at `out`.
+    pub(super) fn decode(&self, weight: &Weight, numel: usize, out: u64, rows: Rows) -> Result<()> {
         let Weight::Nf4 { packed, absmax, nested, config } = *weight else { return Ok(()) };
         let scales = match nested {
             None => Scales::Plain(self.ptr(absmax)),
@@ -165,7 +186,7 @@ impl CudaOps {
                 Scales::Nested { codes: self.ptr(absmax), absmax: self.ptr(n.absmax), offset: self.ptr(n.offset) }
             }
         };
-        dequantize(&self.gpu, self.ptr(packed), scales, config, numel, out, casts)
+        dequantize(&self.gpu, self.ptr(packed), scales, config, numel, out, rows)
     }
 
     /// See [`quantize`].

@@ -1,7 +1,7 @@
 //! Where the temporaries of an operation lie in its scratch: read by the plan for their size, by the launchers for their
 //! places. No GPU is needed.
 
-use crate::engine::ops::{LinearIds, LmHeadCe, Weight};
+use crate::engine::ops::{LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns, row_beside};
 
 /// What a matrix product wants its operands aligned to, in bytes.
 const ALIGN: usize = 256;
@@ -21,8 +21,10 @@ impl Carve {
 /// Byte offsets of a linear module's temporaries.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LinearScratch {
-    /// The dequantized weight, `[out, in]` in the compute dtype.
+    /// The dequantized weight in the compute dtype, `[out, in]`, or with the columns of B beside it.
     pub weight: u64,
+    /// Elements of its rows.
+    pub row: usize,
     /// A and B in the compute dtype, when that is not theirs.
     pub a: u64,
     pub b: u64,
@@ -35,19 +37,78 @@ pub(crate) struct LinearScratch {
 }
 
 impl LinearScratch {
-    /// For `rows` tokens at capacity and a compute dtype of `elem` bytes; `product`: the base weight takes part.
-    pub fn new(linear: &LinearIds, rows: usize, elem: usize, product: bool, backward: bool) -> Self {
+    /// For `rows` tokens at capacity and a compute dtype of `elem` bytes; `product`: the base weight takes part; `beside`: as in
+    /// [`Linear`](crate::engine::ops::Linear).
+    pub fn new(
+        linear: &LinearIds,
+        rows: usize,
+        elem: usize,
+        product: bool,
+        backward: bool,
+        beside: Option<usize>,
+    ) -> Self {
         let mut carve = Carve::default();
         let (n, k) = (linear.out_features, linear.in_features);
         let four_bit = matches!(linear.weight, Weight::Nf4 { .. });
-        let weight = carve.take(if product && four_bit { n * k * elem } else { 0 });
         let r = linear.lora.map_or(0, |l| l.r);
+        let row = beside.map_or(k, |first| row_beside(first + low_rank_columns(r)));
+        let weight = carve.take(if product && four_bit { n * row * elem } else { 0 });
         let cast = if elem == 2 { 2 } else { 0 };
-        let (a, b) = (carve.take(r * k * cast), carve.take(n * r * cast));
+        let a = carve.take(if beside.is_none() { r * k * cast } else { 0 });
+        let b = carve.take(if beside.is_some() && four_bit { 0 } else { n * r * cast });
         let dxa = carve.take(if backward { rows * r * elem } else { 0 });
         let drops = linear.lora.is_some_and(|l| l.dropout > 0.0);
         let dropped = carve.take(if drops { rows * k * elem } else { 0 });
-        LinearScratch { weight, a, b, dxa, dropped, total: carve.0 }
+        LinearScratch { weight, row, a, b, dxa, dropped, total: carve.0 }
+    }
+}
+
+/// Byte offsets of the temporaries of LoRA pairs that share their input.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoraScratch {
+    /// `[columns, in]`: A of all, one below the other.
+    pub a: u64,
+    /// Low-rank columns of all.
+    pub columns: usize,
+    /// `[out, columns of one]`: B of one module at a time, scaled.
+    pub b: u64,
+    /// `[T, columns]`.
+    pub dxa: u64,
+    /// `[T, in]`: the input with dropout applied, or the gradient before it.
+    pub dropped: u64,
+    /// All bytes.
+    pub total: usize,
+}
+
+impl LoraScratch {
+    /// For pairs of (rank, dropout), forward.
+    pub fn forward(pairs: impl Iterator<Item = (usize, f32)>, k: usize, rows: usize, elem: usize) -> Self {
+        Self::new(pairs, k, rows, elem, None)
+    }
+
+    /// For the gradients of `op`.
+    pub fn backward(op: &LoraBackward, rows: usize, elem: usize) -> Self {
+        let pairs = op.modules.iter().filter_map(|m| m.linear.lora).map(|l| (l.r, l.dropout));
+        let largest =
+            op.modules.iter().filter_map(|m| Some(m.linear.out_features * low_rank_columns(m.linear.lora?.r)));
+        Self::new(pairs, op.in_features, rows, elem, Some(largest.max().unwrap_or(0)))
+    }
+
+    /// `backward`: the elements of the largest B.
+    fn new(
+        pairs: impl Iterator<Item = (usize, f32)>,
+        k: usize,
+        rows: usize,
+        elem: usize,
+        backward: Option<usize>,
+    ) -> Self {
+        let mut carve = Carve::default();
+        let (columns, drops) = pairs.fold((0, false), |(n, drops), (r, p)| (n + low_rank_columns(r), drops || p > 0.0));
+        let a = carve.take(columns * k * elem);
+        let b = carve.take(backward.unwrap_or(0) * elem);
+        let dxa = carve.take(if backward.is_some() { rows * columns * elem } else { 0 });
+        let dropped = carve.take(if drops { rows * k * elem } else { 0 });
+        LoraScratch { a, columns, b, dxa, dropped, total: carve.0 }
     }
 }
 

@@ -12,7 +12,8 @@ impl CudaOps {
             Activation::Silu => "swiglu",
             Activation::GeluTanh => "geglu",
         };
-        self.swiglu_kernel(kernel, [op.gate, op.up, op.out])
+        let rows = [self.width(op.gate), self.width(op.out)].map(|n| Arg::U32(n as u32));
+        self.swiglu_kernel(kernel, [op.gate, op.up, op.out], &rows)
     }
 
     pub(super) fn gate_backward(&self, op: &SwigluBackward) -> Result<()> {
@@ -20,13 +21,12 @@ impl CudaOps {
             Activation::Silu => "swiglu_backward",
             Activation::GeluTanh => "geglu_backward",
         };
-        self.swiglu_kernel(kernel, [op.gate, op.up, op.dout])
+        self.swiglu_kernel(kernel, [op.gate, op.up, op.dout], &[])
     }
 
-    fn swiglu_kernel(&self, kernel: &'static str, ids: [TensorId; 3]) -> Result<()> {
-        let r = self.region(ids[0]);
-        let n = self.tokens * (r.numel() / r.shape[0]);
+    fn swiglu_kernel(&self, kernel: &'static str, ids: [TensorId; 3], rows: &[Arg]) -> Result<()> {
+        let n = self.tokens * self.width(ids[0]);
         let [a, b, c] = ids.map(|id| Arg::Ptr(self.ptr(id)));
-        self.gpu.launch("swiglu", kernel, self.elements(n), &[a, b, c, Arg::U64(n as u64)])
+        self.gpu.launch("swiglu", kernel, self.elements(n), &[&[a, b, c, Arg::U64(n as u64)], rows].concat())
     }
 }

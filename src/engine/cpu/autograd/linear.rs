@@ -88,9 +88,9 @@ fn check(case: Case) {
     let (x_id, y, dy_id) = (b.act(k, &x), b.out(n), b.act(n, &dy));
     let (xa, xa_again) = (lora.map(|_| b.out(r)), lora.map(|_| b.out(r)));
     let dx = case.dx.then(|| if case.accumulate { b.act(k, &dx_before) } else { b.out(k) });
-    let mut ops = vec![Op::Linear(Linear { linear, x: x_id, y: Some(y), xa })];
+    let mut ops = vec![Op::Linear(Linear { linear, x: x_id, y: Some(y), xa, beside: None })];
     if lora.is_some() {
-        ops.push(Op::Linear(Linear { linear, x: x_id, y: None, xa: xa_again }));
+        ops.push(Op::Linear(Linear { linear, x: x_id, y: None, xa: xa_again, beside: None }));
     }
     let learns = lora.is_some() || grad.is_some();
     let x_kept = learns.then_some(x_id);
@@ -208,7 +208,7 @@ fn forward(change: impl Fn(&mut StepState)) -> Vec<f32> {
     let (x, y, xa) = (b.act(k, &x), b.out(n), b.out(r));
     change(&mut b.state);
     let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };
-    let cpu = b.run(&[Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa) })]);
+    let cpu = b.run(&[Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa), beside: None })]);
     rows(&cpu, y)
 }
 

@@ -6,35 +6,35 @@ use crate::engine::dropout::dropout;
 use crate::engine::ops::{Bias, Linear, LinearBackward, LinearIds, Lora, NestedAbsmax, Weight};
 use crate::nf4::{Absmax, Nf4Config, QuantType, quantize_f32};
 
-const TOLERANCE: f64 = 1e-5;
-const SCALING: f32 = 1.75;
+pub(super) const TOLERANCE: f64 = 1e-5;
+pub(super) const SCALING: f32 = 1.75;
 const MODULE: u32 = 9;
 
 /// What a module is made of.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    out: usize,
-    k: usize,
-    quant: Option<Nf4Config>,
+pub(super) struct Case {
+    pub(super) out: usize,
+    pub(super) k: usize,
+    pub(super) quant: Option<Nf4Config>,
     /// Rank; 0: no adapter.
-    r: usize,
-    dropout: f32,
-    accumulate: bool,
+    pub(super) r: usize,
+    pub(super) dropout: f32,
+    pub(super) accumulate: bool,
     /// The weight is trained, its gradient f32 or elem.
-    trained: Option<DType>,
-    bias: bool,
+    pub(super) trained: Option<DType>,
+    pub(super) bias: bool,
     /// Whether the gradient of the input is wanted.
-    dx: bool,
+    pub(super) dx: bool,
 }
 
 impl Case {
-    fn new((out, k): (usize, usize)) -> Self {
+    pub(super) fn new((out, k): (usize, usize)) -> Self {
         Case { out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: None, bias: false, dx: true }
     }
 }
 
 /// The base weight in the bench, and its values in bf16.
-fn base(b: &mut Bench, case: &Case) -> (Weight, Vec<f32>) {
+pub(super) fn base(b: &mut Bench, case: &Case) -> (Weight, Vec<f32>) {
     let (n, k) = (case.out, case.k);
     let w = b.random(n * k);
     let Some(config) = case.quant else { return (Weight::Dense { w: b.elems("weight", &[n, k], &w) }, w) };
@@ -53,7 +53,7 @@ fn base(b: &mut Bench, case: &Case) -> (Weight, Vec<f32>) {
     (Weight::Nf4 { packed, absmax, nested, config }, rounded(&q.dequantize_f32().unwrap()))
 }
 
-fn scaled(x: &[f32], factor: f32) -> Vec<f32> {
+pub(super) fn scaled(x: &[f32], factor: f32) -> Vec<f32> {
     x.iter().map(|x| x * factor).collect()
 }
 
@@ -109,10 +109,10 @@ fn case(b: &mut Bench, case: Case) {
     }
     let (x_id, y) = (b.act("x", k, &x), b.out("y", n));
     let (xa, xa_alone) = (lora.map(|_| b.out("xa", r)), lora.map(|_| b.out("xa alone", r)));
-    b.op(Op::Linear(Linear { linear, x: x_id, y: Some(y), xa }));
+    b.op(Op::Linear(Linear { linear, x: x_id, y: Some(y), xa, beside: None }));
     b.want(y, TOLERANCE, Plain::Values(plain_y));
     if with_adapter {
-        b.op(Op::Linear(Linear { linear, x: x_id, y: None, xa: xa_alone }));
+        b.op(Op::Linear(Linear { linear, x: x_id, y: None, xa: xa_alone, beside: None }));
         for xa in [xa, xa_alone].into_iter().flatten() {
             b.want(xa, TOLERANCE, Plain::Values(plain_xa.clone()));
         }
@@ -268,7 +268,7 @@ fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize
     }
     let linear = LinearIds { out_features: n, in_features: k, weight, bias: None, grad: None, lora };
     let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), lora.map(|_| b.out("xa", r)));
-    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa }));
+    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa, beside: None }));
     b.want(y, TOLERANCE, Plain::Values(plain));
     if let Some(xa) = xa.filter(|_| b.state.adapter) {
         // Three numbers alone can be off by more than twice what others are.
@@ -313,7 +313,7 @@ fn the_adapter_can_be_off() {
     let (x, y, xa) = (b.act("x", k, &x), b.out("y", n), b.out("xa", r));
     let linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora };
     // xa is not written.
-    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa) }));
+    b.op(Op::Linear(Linear { linear, x, y: Some(y), xa: Some(xa), beside: None }));
     b.want(y, TOLERANCE, Plain::Rounded);
     b.check();
 }

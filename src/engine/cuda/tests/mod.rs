@@ -11,6 +11,7 @@ mod columns;
 mod embedding;
 mod linear;
 mod lm_head;
+mod lora;
 mod memory;
 mod nf4;
 mod optimizer;
@@ -77,6 +78,8 @@ struct Field {
     /// Elements that operations may read and write; what follows stays as it is.
     used: usize,
     space: Space,
+    /// What operations leave in it is not looked at, but by the operations that follow.
+    unseen: bool,
 }
 
 impl Field {
@@ -206,7 +209,7 @@ impl Bench {
     fn field(&mut self, name: &str, shape: &[usize], contents: Contents, used: usize) -> TensorId {
         let id = TensorId(self.fields.len() as u32);
         let name = format!("{}: {name}", self.part);
-        self.fields.push(Field { name, shape: shape.into(), contents, used, space: Space::Device });
+        self.fields.push(Field { name, shape: shape.into(), contents, used, space: Space::Device, unseen: false });
         id
     }
 
@@ -244,6 +247,13 @@ impl Bench {
     fn bytes<T: bytemuck::Pod>(&mut self, name: &str, dtype: DType, shape: &[usize], values: &[T]) -> TensorId {
         assert_eq!(dtype.size_in_bytes(), size_of::<T>());
         self.field(name, shape, Contents::Bytes(dtype, bytemuck::cast_slice(values).to_vec()), values.len())
+    }
+
+    /// A region between operations.
+    fn between(&mut self, name: &str, shape: &[usize], values: &[f32]) -> TensorId {
+        let id = self.field(name, shape, Contents::Elems(values.into()), 0);
+        self.fields[id.index()].unseen = true;
+        id
     }
 
     /// Puts a region on the host.
@@ -303,10 +313,12 @@ impl Bench {
         self.execute(&mut CpuOps::new(&plan, self.state.clone()).unwrap(), &plan)
     }
 
-    /// Executes everything on the CPU and on the GPU and compares; what the GPU gave in f32 and in bf16.
-    fn check(&self) -> [Done; 2] {
+    /// Executes everything on the CPU and on the GPU and compares; what the GPU gave in f32 and in bf16. With TUNEBOOK_TEST_F32 set,
+    /// in f32 alone: compute-sanitizer's racecheck cannot follow cuBLASLt's bf16 products on Hopper.
+    fn check(&self) -> Vec<Done> {
         let cpu = self.on_cpu();
-        [DType::F32, DType::BF16].map(|compute| {
+        let all = if std::env::var_os("TUNEBOOK_TEST_F32").is_some() { 1 } else { 2 };
+        let one = |compute: DType| {
             let plan = self.plan(DeviceKind::Cuda, compute);
             let mut backend = CudaOps::new(&plan, self.state.clone()).unwrap();
             let done = self.execute(&mut backend, &plan);
@@ -315,6 +327,9 @@ impl Bench {
                 let id = TensorId(i as u32);
                 let (bytes, before) = (&done.regions[i], field.bytes(compute));
                 assert!(*bytes == again.regions[i], "{} ({compute:?}): other bits the second time", field.name);
+                if field.unseen {
+                    continue;
+                }
                 let Some(want) = self.wants.iter().find(|w| w.id == id) else {
                     assert!(*bytes == before, "{} ({compute:?}): an input was written to", field.name);
                     continue;
@@ -324,7 +339,8 @@ impl Bench {
                 compare(field, want, &done.values(id)[..field.used], &cpu.values(id)[..field.used], compute);
             }
             done
-        })
+        };
+        [DType::F32, DType::BF16].into_iter().take(all).map(one).collect()
     }
 }
 

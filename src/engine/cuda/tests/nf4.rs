@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
-use super::super::nf4::{NO_CASTS, Scales, check_scales, dequantize, nest, quantize};
+use super::super::nf4::{Rows, Scales, check_scales, dequantize, nest, quantize};
 use super::card::{Card, Golden, Noise, bits, floats};
 use crate::nf4::{self, Absmax, AbsmaxRef, Nf4Config, Nf4Tensor, QuantType};
 
@@ -80,7 +80,7 @@ fn decode_on_card<T: bytemuck::Pod>(card: &Card, q: &Nf4Tensor) -> Vec<T> {
         }
     };
     let (packed, out) = (card.put(&q.packed), card.out::<T>(q.numel()));
-    dequantize(&card.gpu, packed, scales, q.config(), q.numel(), out, &NO_CASTS).unwrap();
+    dequantize(&card.gpu, packed, scales, q.config(), q.numel(), out, Rows::dense(q.numel())).unwrap();
     let values = card.get(out, q.numel());
     card.clear();
     values

@@ -1,0 +1,173 @@
+//! LoRA pairs whose low-rank products lie beside their modules' common input: one product with every A, and all gradients of A and
+//! B. Twin of `cpu/lora.rs`; kernels/cuda/lora.cu lays A and B out for the products.
+
+use candle_core::DType;
+
+use super::CudaOps;
+use super::gpu::Arg;
+use super::matmul::Matrix;
+use super::nf4::ScaledB;
+use super::scratch::LoraScratch;
+use crate::Result;
+use crate::engine::ops::{AdaptedModule, Lora, LoraA, LoraBackward, Scratch, Weight, low_rank_columns};
+
+/// Modules that [`CudaOps::stack`] takes at a time.
+const STACKED: usize = 3;
+
+impl CudaOps {
+    /// B as columns of a matrix, from `first` on.
+    pub(super) fn scaled_b(&self, lora: &Lora, first: usize) -> ScaledB {
+        ScaledB { b: self.ptr(lora.b), r: lora.r, first, scaling: lora.scaling }
+    }
+
+    pub(super) fn low_rank(&mut self, op: &LoraA, scratch: Scratch) -> Result<()> {
+        if !self.state.adapter {
+            return Ok(());
+        }
+        let (t, k, e) = (self.tokens, op.in_features, self.dtype);
+        let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
+        if t == 1 && !self.state.training {
+            return op.adapters.iter().try_for_each(|m| {
+                let (r, columns) = (m.lora.r, low_rank_columns(m.lora.r));
+                let spare = ((columns - r) * e.size_in_bytes()) as u64;
+                if spare > 0 {
+                    self.gpu.fill(x.columns(m.first + r).ptr, 0, spare)?;
+                }
+                self.low_rank_one(&m.lora, k, x.ptr, x.columns(m.first).ptr)
+            });
+        }
+        let base = self.at(scratch);
+        let pairs = op.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));
+        let space = LoraScratch::forward(pairs, k, self.region(op.x).shape[0], e.size_in_bytes());
+        let loras: Vec<Lora> = op.adapters.iter().map(|m| m.lora).collect();
+        let a = Matrix::new(base + space.a, e, k);
+        self.stack(&loras, k, a.ptr)?;
+        if !loras.iter().any(|lora| self.drops(lora)) {
+            // Columns follow each other as the rows of A do.
+            let first = op.adapters.first().map_or(k, |m| m.first);
+            return self.matmul(x.columns(first), x, a.t(), (t, space.columns, k), 1.0, 0.0);
+        }
+        let mut row = 0;
+        for m in &op.adapters {
+            let columns = low_rank_columns(m.lora.r);
+            let dropped = self.dropped_rows(&m.lora, x, k, base + space.dropped)?;
+            self.matmul(x.columns(m.first), dropped, a.rows(row).t(), (t, columns, k), 1.0, 0.0)?;
+            row += columns;
+        }
+        Ok(())
+    }
+
+    pub(super) fn low_rank_grads(&mut self, op: &LoraBackward, scratch: Scratch) -> Result<()> {
+        let (t, k, e) = (self.tokens, op.in_features, self.dtype);
+        let base = self.at(scratch);
+        let space = LoraScratch::backward(op, self.region(op.x).shape[0], e.size_in_bytes());
+        let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
+        let a = Matrix::new(base + space.a, e, k);
+        let all_dxa = Matrix::new(base + space.dxa, e, space.columns);
+        let loras: Vec<Lora> = op.modules.iter().filter_map(|m| m.linear.lora).collect();
+        let drops = loras.iter().any(|lora| self.drops(lora));
+        self.stack(&loras, k, a.ptr)?;
+        let dx = op.dx.map(|dx| Matrix::new(self.ptr(dx), e, k));
+        let grad_a = if drops { None } else { self.one_gradient(&loras, k) };
+        let together = grad_a.is_some();
+        let mut row = 0;
+        for (m, lora) in op.modules.iter().zip(&loras) {
+            let (n, r, columns) = (m.linear.out_features, lora.r, low_rank_columns(lora.r));
+            let dy = Matrix::new(self.ptr(m.dy), e, n);
+            let dxa = all_dxa.columns(row);
+            // dxa = scaling * dy B
+            let b = self.scaled_columns(m, lora, base + space.b)?;
+            self.matmul(dxa, dy, b, (t, columns, n), 1.0, 0.0)?;
+            if let Some((grad_a, grad_b)) = lora.grads {
+                let (grad_a, grad_b) =
+                    (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
+                self.matmul(grad_b, dy.t(), x.columns(m.first), (n, r, t), lora.scaling, 1.0)?;
+                if !together {
+                    let x = self.dropped_rows(lora, x, k, base + space.dropped)?;
+                    self.matmul(grad_a, dxa.t(), x, (r, k, t), 1.0, 1.0)?;
+                }
+            }
+            if let (Some(dx), true) = (dx, drops) {
+                self.through_dropout(lora, (dx, dxa, a.rows(row)), row > 0, columns, base + space.dropped)?;
+            }
+            row += columns;
+        }
+        if let Some(grad_a) = grad_a {
+            self.matmul(grad_a, all_dxa.t(), x, (space.columns, k, t), 1.0, 1.0)?;
+        }
+        match dx {
+            Some(dx) if !drops => self.matmul(dx, all_dxa, a, (t, k, space.columns), 1.0, 0.0),
+            _ => Ok(()),
+        }
+    }
+
+    /// The gradients of every A as one matrix, where they lie one after the other and no column of `dxa` is spare.
+    fn one_gradient(&self, loras: &[Lora], k: usize) -> Option<Matrix> {
+        let grads: Vec<u64> = loras.iter().map(|lora| Some(self.ptr(lora.grads?.0))).collect::<Option<_>>()?;
+        let follows = |i: usize| grads[i + 1] == grads[i] + (loras[i].r * k * size_of::<f32>()) as u64;
+        let dense = loras.iter().all(|lora| low_rank_columns(lora.r) == lora.r);
+        let ptr = *grads.first()?;
+        (dense && (0..grads.len() - 1).all(follows)).then(|| Matrix::new(ptr, DType::F32, k))
+    }
+
+    /// `dx (+)= dropout'(dxa A)`; `space` has room for what `dropout'` takes.
+    fn through_dropout(
+        &mut self,
+        lora: &Lora,
+        (dx, dxa, a): (Matrix, Matrix, Matrix),
+        accumulate: bool,
+        columns: usize,
+        space: u64,
+    ) -> Result<()> {
+        let (t, k) = (self.tokens, a.row);
+        if !accumulate {
+            self.matmul(dx, dxa, a, (t, k, columns), 1.0, 0.0)?;
+            return if self.drops(lora) { self.dropout(lora, dx.ptr, dx.ptr, t * k) } else { Ok(()) };
+        }
+        if !self.drops(lora) {
+            return self.matmul(dx, dxa, a, (t, k, columns), 1.0, 1.0);
+        }
+        let through = Matrix::new(space, self.dtype, k);
+        self.matmul(through, dxa, a, (t, k, columns), 1.0, 0.0)?;
+        self.dropout_add(lora, dx.ptr, through.ptr, t * k)
+    }
+
+    /// `scaling * B`, `[out, columns]`: beside a decoded weight, else made in `space`.
+    fn scaled_columns(&self, m: &AdaptedModule, lora: &Lora, space: u64) -> Result<Matrix> {
+        let (n, k) = (m.linear.out_features, m.linear.in_features);
+        if let Weight::Dense { w } = m.linear.weight
+            && self.width(w) > k
+        {
+            return Ok(Matrix::new(self.ptr(w), self.dtype, self.width(w)).columns(m.first));
+        }
+        let columns = low_rank_columns(lora.r);
+        let [rows, r, from, first, row] = [n, lora.r, 0, 0, columns].map(|n| Arg::U32(n as u32));
+        let (b, out) = (Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(space));
+        let args = [b, out, rows, r, from, first, row, Arg::F32(lora.scaling)];
+        self.gpu.launch("lora", "lora_columns", self.elements(n * columns), &args)?;
+        Ok(Matrix::new(space, self.dtype, columns))
+    }
+
+    /// A of every pair, one below the other, in the compute dtype at `out`.
+    fn stack(&self, loras: &[Lora], k: usize, out: u64) -> Result<()> {
+        let (mut pointers, mut firsts, mut ranks) = ([0; STACKED], [0; STACKED], [0; STACKED]);
+        let mut row = 0;
+        for (i, lora) in loras.iter().enumerate() {
+            (pointers[i], firsts[i], ranks[i]) = (self.ptr(lora.a), row, lora.r);
+            row += low_rank_columns(lora.r);
+        }
+        let numbers = |all: [usize; STACKED]| all.map(|n| Arg::U32(n as u32));
+        let shape = [Arg::Ptr(out), Arg::U32(row as u32), Arg::U32(k as u32)];
+        let args = [pointers.map(Arg::Ptr), numbers(firsts), numbers(ranks), shape].concat();
+        self.gpu.launch("lora", "lora_stack", self.elements(row * k), &args)
+    }
+
+    /// The first `k` columns of `x` with dropout applied, in `space` where there is any.
+    fn dropped_rows(&self, lora: &Lora, x: Matrix, k: usize, space: u64) -> Result<Matrix> {
+        if !self.drops(lora) {
+            return Ok(x);
+        }
+        self.dropout_rows(lora, (x.ptr, x.row), space, self.tokens * k, k)?;
+        Ok(Matrix::new(space, self.dtype, k))
+    }
+}
