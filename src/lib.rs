@@ -11,6 +11,7 @@ mod environment;
 mod error;
 pub mod files;
 pub mod generate;
+mod interrupt;
 mod json;
 pub mod lesson;
 pub mod lora;

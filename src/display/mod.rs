@@ -70,6 +70,12 @@ pub fn clear(id: &str) {
     sink::with_sink(|s| s.clear(id));
 }
 
+/// Removes all that the cell has shown so far, where that is possible; with `wait` when something new is shown, so that it
+/// does not flicker.
+pub fn clear_output(wait: bool) {
+    sink::with_sink(|s| s.clear_output(wait));
+}
+
 /// Shows one line of text.
 pub fn line(text: &str) {
     sink::with_sink(|s| s.text(text));

@@ -29,6 +29,12 @@ pub trait Sink: Send {
     /// Removes the display with that `id`, where that is possible.
     fn clear(&mut self, id: &str);
 
+    /// Removes all that the cell has shown so far; with `wait` only when something new is shown. A sink that cannot do so does
+    /// nothing.
+    fn clear_output(&mut self, wait: bool) {
+        let _ = wait;
+    }
+
     /// Shows one line of text, as progress.
     fn text(&mut self, line: &str);
 
@@ -114,6 +120,10 @@ impl Sink for KernelSink {
 
     fn clear(&mut self, id: &str) {
         self.send("clear", Some(id), None);
+    }
+
+    fn clear_output(&mut self, wait: bool) {
+        self.send(if wait { "clear_output_later" } else { "clear_output" }, None, None);
     }
 
     fn text(&mut self, line: &str) {

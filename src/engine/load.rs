@@ -10,6 +10,7 @@ use super::Engine;
 use super::backend::WeightSource;
 use super::ops::{Lora, TensorId, Weight};
 use crate::display;
+use crate::interrupt;
 use crate::lora::{Adapter, LoraPair};
 use crate::model::Base;
 use crate::{Error, Result};
@@ -25,16 +26,18 @@ impl Engine {
     /// dequantized first.
     ///
     /// # Errors
-    /// A base of another shape than the plan's, files that are damaged.
+    /// A base of another shape than the plan's, files that are damaged, an interrupt: load again before anything else.
     pub fn load(&mut self, base: &Base) -> Result<()> {
         self.check_base(base)?;
         let slots = self.plan.layout().weights.clone();
         let mut told = Instant::now();
+        self.half_loaded = true;
         for (i, slot) in slots.iter().enumerate() {
             if told.elapsed() >= BETWEEN_LINES {
                 told = Instant::now();
                 display::line(&format!("loading {}: {i} of {} tensors", base.spec().name, slots.len()));
             }
+            interrupt::check(|| format!("loading tensor {i} of {}", slots.len())).map_err(|e| e.at_path(base.dir()))?;
             let stored = match slot.name.strip_suffix(".weight") {
                 Some(module) if slot.shape.len() == 2 => base.nf4(module)?,
                 _ => None,
@@ -46,6 +49,7 @@ impl Engine {
             self.ops.load(slot, &mut source).map_err(|e| e.at(slot.name.clone()))?;
         }
         self.ops.wait()?;
+        self.half_loaded = false;
         self.cached = None;
         Ok(())
     }
@@ -97,6 +101,7 @@ impl Engine {
         let slots = self.plan.layout().weights.clone();
         let norm = 1.0 - self.plan.spec().norm_offset();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        self.half_loaded = true;
         for (i, slot) in slots.iter().enumerate() {
             let normal = rand_distr_normal(0.02);
             let constant = if slot.name.ends_with(".bias") { 0.0 } else { norm };
@@ -104,10 +109,12 @@ impl Engine {
                 1 => out.fill(constant),
                 _ => out.iter_mut().for_each(|x| *x = normal(&mut rng)),
             };
+            interrupt::check(|| format!("drawing tensor {i} of {}", slots.len()))?;
             let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
             self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, constant, draw: &mut draw, seed })?;
         }
         self.ops.wait()?;
+        self.half_loaded = false;
         self.cached = None;
         Ok(())
     }

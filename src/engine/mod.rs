@@ -48,6 +48,8 @@ pub struct Engine {
     fill_dead: bool,
     /// Waits for the device after each operation.
     profile: bool,
+    /// A load began and did not end.
+    half_loaded: bool,
     /// Tokens in the KV cache; `None`: its space was used by another phase.
     cached: Option<usize>,
 }
@@ -95,6 +97,7 @@ impl Engine {
             pass_seconds: (0.0, 0.0),
             fill_dead: false,
             profile: false,
+            half_loaded: false,
             cached: Some(0),
         };
         engine.write_frequencies()?;
@@ -319,6 +322,11 @@ impl Engine {
             return Err(Error::new("the engine stopped in the middle of an operation and cannot go on")
                 .at(phase.label())
                 .next("resume the run from its last checkpoint, or build the engine again"));
+        }
+        if self.half_loaded {
+            return Err(Error::new("the weights are loaded in part: loading failed or was interrupted")
+                .at(phase.label())
+                .next("load the base again"));
         }
         if phase != Phase::Generate {
             self.cached = None;

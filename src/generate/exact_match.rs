@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use super::{Decoder, Generation, Sampling, generate_chat};
+use super::{Decoder, Generation, Sampling, StopReason, generate_chat};
 use crate::data::{ChatTemplate, Rows, Tokenizer, message};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// One question with the answer that was wanted and the one that was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +75,11 @@ pub fn exact_match(
     let mut answers = Vec::with_capacity(rows.len());
     for i in 0..rows.len() {
         let (question, wanted) = turns(rows, i)?;
-        let wrote = answer(model, tokenizer, template, &question, 32)?.text.trim().to_owned();
+        let wrote = answer(model, tokenizer, template, &question, 32)?;
+        if wrote.stop_reason == StopReason::Interrupted {
+            return Err(interrupt::taken(format!("answering row {} of {}", i + 1, rows.len())));
+        }
+        let wrote = wrote.text.trim().to_owned();
         answers.push(Answer { question, wanted, wrote });
     }
     Ok(ExactMatch { answers })

@@ -15,7 +15,8 @@ pub use exact_match::{Answer, ExactMatch, answer, exact_match};
 pub use sampling::Sampling;
 
 use crate::data::{ChatOptions, ChatTemplate, Tokenizer};
-use crate::{Error, Result};
+use crate::interrupt::take_interrupt;
+use crate::{Error, Result, interrupt};
 
 /// A model that can continue a list of tokens: what generation needs from an engine.
 ///
@@ -53,6 +54,8 @@ pub enum StopReason {
     MaxNewTokens,
     /// The key-value cache was full.
     CapacityFull,
+    /// An interrupt came between two tokens.
+    Interrupted,
 }
 
 impl fmt::Display for StopReason {
@@ -62,6 +65,7 @@ impl fmt::Display for StopReason {
             StopReason::StopString(s) => write!(f, "stop string {s:?}"),
             StopReason::MaxNewTokens => f.write_str("max_new_tokens reached"),
             StopReason::CapacityFull => f.write_str("key-value cache full"),
+            StopReason::Interrupted => f.write_str("interrupted"),
         }
     }
 }
@@ -164,6 +168,7 @@ fn generate_from(
 ) -> Result<Generation> {
     sampling.check()?;
     check_prompt(decoder, prompt_ids)?;
+    interrupt::check(|| "a text was to be written".into())?;
     let mut chooser = choose::Chooser::new(sampling);
     let mut emitter = emit::Emitter::new(tokenizer, prompt_ids, &sampling.stop_strings);
     let is_stop = |id: u32| Some(id) == tokenizer.eos_id() || sampling.stop_tokens.contains(&id);
@@ -188,6 +193,9 @@ fn generate_from(
         }
         if decoder.position() >= decoder.capacity() {
             break StopReason::CapacityFull;
+        }
+        if take_interrupt() {
+            break StopReason::Interrupted;
         }
         logits = decoder.forward(&[id])?;
     };

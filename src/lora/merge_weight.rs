@@ -9,7 +9,7 @@ use super::merge_report::{MergeBase, MergeCost, ModuleMerge};
 use crate::model::bnb_write::{QuantParts, quantize_streamed, quantize_window};
 use crate::model::{Checkpoint, LinearModule};
 use crate::nf4::{self, AbsmaxRef, Nf4Config, Nf4Tensor};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// Elements of a block, about: 1 MiB of f32 for each of a thread's buffers.
 const BLOCK: usize = 1 << 18;
@@ -125,6 +125,7 @@ impl Job<'_> {
         let mut total = BlockOut::default();
         let blocks = self.blocks();
         for window in blocks.chunks(WINDOW) {
+            interrupt::check(|| "merging".into())?;
             let emit = matches!(sink, Sink::Dense(..));
             let outs: Vec<BlockOut> = window
                 .par_iter()

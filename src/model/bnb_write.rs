@@ -13,7 +13,7 @@ use super::outdir::OutDir;
 use super::writer::{ShardedWriter, TensorHeader, canonical_order, pt_metadata};
 use super::{Base, Checkpoint};
 use crate::nf4::{self, Absmax, Nf4Config, Nf4Tensor};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// Tensors per shard, as transformers 4 splits; a larger tensor gets a shard of its own.
 pub(crate) const MAX_SHARD_BYTES: u64 = 5_000_000_000;
@@ -214,6 +214,7 @@ fn copy(out: &mut ShardedWriter, h: &TensorHeader, read: impl Fn(u64, &mut [u8])
     let mut buf = vec![0u8; n.min(COPY)];
     for start in (0..n).step_by(COPY) {
         let buf = &mut buf[..(n - start).min(COPY)];
+        interrupt::check(|| format!("copying {}", h.name))?;
         read(start as u64, buf)?;
         out.write(&h.name, buf)?;
     }

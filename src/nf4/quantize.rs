@@ -10,7 +10,7 @@ use super::dynamic8;
 use super::element::{Element, Lanes, flush};
 use super::tensor::{Nf4Config, Nf4Tensor, check_dtype, checked_numel};
 use super::widest;
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// Elements per unit of parallel work: a multiple of every blocksize, so that no block is shared.
 pub(super) const CHUNK: usize = 1 << 16;
@@ -35,7 +35,7 @@ pub(super) const CHUNK: usize = 1 << 16;
 /// ```
 ///
 /// # Errors
-/// A blocksize that is no power of two from 32 to 4096, an empty tensor, another dtype, or a value that is not finite.
+/// A blocksize that is no power of two from 32 to 4096, an empty tensor, another dtype, a value that is not finite, or an interrupt.
 pub fn quantize(t: &Tensor, cfg: Nf4Config) -> Result<Nf4Tensor> {
     check_dtype(t.dtype())?;
     with_cpu_data(t, |data, shape| match data {
@@ -107,7 +107,13 @@ fn quantize_slice<T: Lanes>(data: &[T], shape: &[usize], dtype: DType, cfg: Nf4C
         .par_chunks_mut(CHUNK / 2)
         .zip(absmax.par_chunks_mut(CHUNK / cfg.blocksize))
         .zip(data.par_chunks(CHUNK))
-        .for_each(|((p, a), d)| quantize_blocks(d, p, a, cfg.quant_type, cfg.blocksize));
+        .try_for_each(|((p, a), d)| {
+            if interrupt::interrupted() {
+                return Err(interrupt::taken(format!("quantizing {shape:?}")));
+            }
+            quantize_blocks(d, p, a, cfg.quant_type, cfg.blocksize);
+            Ok(())
+        })?;
     check_finite(data, &absmax, cfg.blocksize)?;
     let absmax = if cfg.double_quant { nest(absmax, cfg.nested_blocksize) } else { Absmax::F32(absmax) };
     Ok(Nf4Tensor { packed, absmax, shape: shape.to_vec(), dtype, quant_type: cfg.quant_type, blocksize: cfg.blocksize })

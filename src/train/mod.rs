@@ -11,7 +11,6 @@ mod config_check;
 mod dataset_file;
 mod exact_json;
 mod fingerprint;
-mod interrupt;
 mod lock;
 mod metrics;
 #[cfg(feature = "polars")]
@@ -23,6 +22,7 @@ mod state;
 mod steps;
 mod tensor_file;
 
+pub use crate::interrupt::{clear_interrupt, interrupt, interrupt_until_cleared, interrupted, take_interrupt};
 pub use checkpoint::{Manifest, ManifestFile, write_checkpoint};
 pub use checkpoint_read::{
     CheckpointDir, CheckpointScan, DamagedCheckpoint, clean_leftovers, latest_checkpoint, scan_checkpoints,
@@ -31,7 +31,6 @@ pub use config::{LrScheduler, Optim, TrainConfig};
 pub use config_check::Problem;
 pub use dataset_file::{load_dataset, save_dataset};
 pub use fingerprint::fingerprint_dir;
-pub use interrupt::{clear_interrupt, interrupt, interrupted, take_interrupt};
 pub use metrics::{EVALUATIONS_FILE, EvalReport, METRICS_FILE, Metrics, MetricsLog, StepReport};
 #[cfg(feature = "polars")]
 pub use metrics_frame::metrics_frame;

@@ -15,7 +15,7 @@ use crate::engine::{Engine, LossSum, StateTensor};
 use crate::lora::{Adapter, AdapterConfig};
 use crate::model::{Base, SafetensorsWriter, TensorHeader, pt_metadata};
 use crate::plan::{MemoryPlan, PlanConfig};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// Fingerprint of a run that began with random weights instead of a base.
 const FROM_SCRATCH: &str = "random weights";
@@ -43,6 +43,8 @@ pub struct Run {
     /// Reports of steps that are done but could not be written, e.g. to a full disk.
     unlogged: Vec<StepReport>,
     saved: Option<u64>,
+    /// Evaluation and checkpoint of the last step are still to be done: an interrupt came between.
+    after_due: bool,
     /// Why the run cannot go on, when an engine failed in the middle.
     stopped: Option<String>,
 }
@@ -165,6 +167,7 @@ impl Run {
             partial: Partial::default(),
             unlogged: Vec::new(),
             saved: None,
+            after_due: false,
             stopped: None,
         })
     }
@@ -216,6 +219,7 @@ impl Run {
             partial: Partial::default(),
             unlogged: Vec::new(),
             saved,
+            after_due: false,
             stopped: None,
         })
     }
@@ -249,10 +253,16 @@ impl Run {
     /// Forward and backward pass of the next micro-batch; gradients accumulate until [`Run::step`] updates.
     ///
     /// # Errors
-    /// The step's micro-batches are all done; the run is over; a loss that is not finite: the batch is then saved in the
-    /// run's directory and named.
+    /// The step's micro-batches are all done; the run is over; an interrupt; a loss that is not finite: the batch is then
+    /// saved in the run's directory and named.
     pub fn micro_step(&mut self) -> Result<MicroReport> {
         self.ready()?;
+        self.finish_last_step()?;
+        interrupt::check(|| "training, between two micro-steps".into())?;
+        self.accumulate()
+    }
+
+    fn accumulate(&mut self) -> Result<MicroReport> {
         let batches = self.batches();
         if self.partial.done == batches.count {
             return Err(Error::new("every micro-batch of this step has been accumulated")
@@ -306,23 +316,30 @@ impl Run {
             self.micro_step()?;
         }
         let report = self.update()?;
-        self.after_step()?;
+        self.after_due = true;
+        self.finish_last_step()?;
         Ok(report)
     }
 
     /// Up to `n` steps, with a line of progress for each `logging_steps`; ends at the end of the run, or early by an
-    /// interrupt between two micro-steps, with everything kept.
+    /// interrupt between two micro-steps, with everything kept: the next call goes on with the micro-batch that comes.
     ///
     /// # Errors
-    /// As [`Run::step`].
+    /// As [`Run::step`]; an interrupt that holds from before, as in a cell that calls this again after it.
     pub fn steps(&mut self, n: u64) -> Result<Steps> {
-        clear_interrupt();
+        let held = interrupt::begin();
         let last = self.total_steps.min(self.state.step.saturating_add(n));
         let first = self.state.step;
+        if held {
+            return Err(interrupt::taken("training was to go on".into()));
+        }
         let mut reports = Vec::new();
         let mut interrupted = false;
         let mut progress = Progress::new(first, last, self.total_steps, self.record.train.logging_steps);
-        'steps: while self.state.step < last {
+        if self.stopped.is_none() {
+            self.finish_last_step()?;
+        }
+        'steps: while !self.after_due && self.state.step < last {
             self.ready()?;
             let count = self.batches().count;
             while self.partial.done < count {
@@ -330,13 +347,15 @@ impl Run {
                     interrupted = true;
                     break 'steps;
                 }
-                self.micro_step()?;
+                self.accumulate()?;
             }
             let report = self.update()?;
             progress.step(&report);
             reports.push(report);
-            self.after_step()?;
+            self.after_due = true;
+            self.finish_last_step()?;
         }
+        interrupted |= self.after_due && take_interrupt();
         progress.finish(interrupted);
         Ok(Steps { reports, interrupted, step: self.state.step, total_steps: self.total_steps })
     }
@@ -352,12 +371,20 @@ impl Run {
     /// Mean loss over a data set, without dropout; logged with the run.
     ///
     /// # Errors
-    /// An example longer than the plan's capacity.
+    /// An example longer than the plan's capacity; an interrupt.
     pub fn evaluate(&mut self, data: &Dataset) -> Result<EvalReport> {
+        self.evaluate_unless_interrupted(data)?.ok_or_else(|| interrupt::taken("evaluating".into()))
+    }
+
+    /// `None`: there was an interrupt, and still is.
+    fn evaluate_unless_interrupted(&mut self, data: &Dataset) -> Result<Option<EvalReport>> {
         check_lengths(self.engine.plan(), data, 1)?;
         let start = Instant::now();
         let (mut loss, mut tokens) = (LossSum::default(), 0);
         for indices in pieces(data, self.engine.plan().config().capacity()) {
+            if interrupted() {
+                return Ok(None);
+            }
             let batch = Batch::new(data, &indices);
             tokens += batch.tokens() as u64;
             let part = self.engine.evaluate(batch).inspect_err(|e| self.stop(e))?;
@@ -373,7 +400,7 @@ impl Run {
             seconds: start.elapsed().as_secs_f64(),
         };
         self.log.append_evaluation(&report)?;
-        Ok(report)
+        Ok(Some(report))
     }
 
     /// Writes a checkpoint of the last whole step now; micro-steps accumulated since are replayed by a resume.
@@ -606,14 +633,21 @@ impl Run {
         }
     }
 
-    /// Saves and evaluates after a step, when the configuration says so.
-    fn after_step(&mut self) -> Result<()> {
+    /// Evaluates and saves after a step, when the configuration says so. What an interrupt prevents is done before the next
+    /// step: with the same adapter, so with the same result.
+    fn finish_last_step(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.after_due) {
+            return Ok(());
+        }
         let (step, config) = (self.state.step, &self.record.train);
         let save = config.save_steps > 0 && step % config.save_steps == 0;
         let evaluate = config.eval_steps.is_some_and(|n| n > 0 && step % n == 0);
         // First, so that a run killed in between evaluates again.
         if evaluate && let Some(eval) = self.eval.clone() {
-            self.evaluate(&eval)?;
+            if self.evaluate_unless_interrupted(&eval)?.is_none() {
+                self.after_due = true;
+                return Ok(());
+            }
         }
         if save || self.is_finished() {
             self.checkpoint()?;

@@ -65,27 +65,6 @@ fn a_run_goes_to_its_end_and_no_further() {
 }
 
 #[test]
-fn an_interrupt_keeps_everything() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = config().gradient_accumulation_steps(2);
-    let run = |name: &str| {
-        Run::create(dir.path().join(name), plan(), base(), dataset("tiny-mistral"), config.clone()).unwrap()
-    };
-    let mut straight = run("straight");
-    let losses: Vec<f64> = straight.train().unwrap().reports.iter().map(|r| r.loss).collect();
-    let mut stopped = run("stopped");
-    // In the middle of an accumulation.
-    stopped.micro_step().unwrap();
-    tunebook::train::interrupt();
-    // A loop forgets an interrupt from before it began.
-    assert!(!stopped.steps(1).unwrap().interrupted);
-    let rest = stopped.train().unwrap();
-    let history: Vec<f64> = stopped.history().unwrap().steps.iter().map(|r| r.loss).collect();
-    assert_eq!(rest.step, 4);
-    assert_eq!(history, losses);
-}
-
-#[test]
 fn a_loss_that_is_not_finite_stops_the_run_and_names_the_batch() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run");

@@ -354,6 +354,13 @@ impl Link {
             state = self.wait(state, Duration::from_millis(100));
         }
         let v = state.displays.remove(&number)?;
+        if let Some(op @ ("clear_output" | "clear_output_later")) = v["op"].as_str() {
+            // What is shown from now on is new.
+            state.shown.clear();
+            drop(state);
+            self.publisher.send("clear_output", json!({"wait": op == "clear_output_later"}));
+            return None;
+        }
         let data: Bundle = serde_json::from_value(v["data"].clone()).unwrap_or_default();
         if state.capture {
             state.seen.captured.push(data);

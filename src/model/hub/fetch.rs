@@ -11,7 +11,7 @@ use ureq::http::Response;
 
 use super::checksum::{Checksum, Hasher};
 use super::client::{Client, Failure, text};
-use crate::{Error, Result, files};
+use crate::{Error, Result, files, interrupt};
 
 /// Attempts in a row that bring no byte before the download gives up.
 const ATTEMPTS: u32 = 5;
@@ -257,6 +257,7 @@ fn receive(
             Ok(n) => {
                 partial.write(&buffer[..n])?;
                 progress(partial.len);
+                interrupt::check(|| format!("downloading {}; what is there is kept", wanted.name))?;
             }
             Err(e) => return Ok(Some(Failure::Network(e.to_string()))),
         }

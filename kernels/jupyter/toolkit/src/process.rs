@@ -34,13 +34,13 @@ pub extern "C" fn tunebook_cells_flush() {
     let _ = std::io::stdout().flush();
 }
 
-/// Called by the handler of SIGINT: stores one flag.
+/// Called by the handler of SIGINT: stores one flag. The cell ends as a whole, whatever it calls next.
 #[unsafe(no_mangle)]
 pub extern "C" fn tunebook_cells_interrupt() {
-    tunebook::train::interrupt();
+    tunebook::train::interrupt_until_cleared();
 }
 
-/// Whether the interrupt was not answered by a loop; forgets it. Called before and after each cell.
+/// Forgets an interrupt. Called before and after each cell.
 #[unsafe(no_mangle)]
 pub extern "C" fn tunebook_cells_forget_interrupt() {
     tunebook::train::clear_interrupt();
