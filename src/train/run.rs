@@ -643,11 +643,12 @@ impl Run {
         let save = config.save_steps > 0 && step % config.save_steps == 0;
         let evaluate = config.eval_steps.is_some_and(|n| n > 0 && step % n == 0);
         // First, so that a run killed in between evaluates again.
-        if evaluate && let Some(eval) = self.eval.clone() {
-            if self.evaluate_unless_interrupted(&eval)?.is_none() {
-                self.after_due = true;
-                return Ok(());
-            }
+        if evaluate
+            && let Some(eval) = self.eval.clone()
+            && self.evaluate_unless_interrupted(&eval)?.is_none()
+        {
+            self.after_due = true;
+            return Ok(());
         }
         if save || self.is_finished() {
             self.checkpoint()?;
