@@ -82,9 +82,10 @@ fn training(dir: &std::path::Path) {
                 std::thread::sleep(Duration::from_millis(20));
             }
         });
-        let steps = long.train().unwrap();
+        let steps = long.train();
+        // Before anything can fail: the other thread waits for it.
         done.store(true, Ordering::SeqCst);
-        steps
+        steps.unwrap()
     });
     clear_interrupt();
     assert!(steps.interrupted && steps.step < 100_000, "{}", steps.step);

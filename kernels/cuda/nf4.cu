@@ -7,8 +7,8 @@
 // nf4_quantize_{f32,bf16,f16}: 256 threads, any grid; 8 elements a thread.
 // nf4_absmax_mean:             256 threads, at most MEAN_BLOCKS thread blocks.
 // nf4_absmax_nest:             256 threads per nested block, any grid.
-// nf4_dequantize[_nested]:     256 threads, ceil(n / 2048) thread blocks or more; `out` and `packed` aligned to 16 bytes; n below 2^34. On the way two
-//                              f32 arrays are cast to elem (the adapter's A and B): a launch less for each.
+// nf4_dequantize[_nested]:     256 threads, ceil(n / 4096) thread blocks or more; `out` and `packed` aligned to 16 bytes; n below 2^34. On the
+//                              way the scaled B of a LoRA pair is laid beside the rows: a launch less.
 #include "common.cuh"
 #include "dynamic_map.cuh"
 #include "low_rank.cuh"

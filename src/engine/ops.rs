@@ -288,11 +288,6 @@ pub fn low_rank_columns(r: usize) -> usize {
     r.next_multiple_of(8)
 }
 
-/// A row of a matrix that ends with low-rank columns, in elements: whole cache lines in bf16.
-pub fn row_beside(columns: usize) -> usize {
-    columns.next_multiple_of(64)
-}
-
 /// A LoRA pair whose low-rank product lies in columns of its module's input.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Beside {
@@ -300,6 +295,25 @@ pub struct Beside {
     pub lora: Lora,
     /// Its first column: `in` or more, a multiple of 8.
     pub first: usize,
+}
+
+impl Beside {
+    /// One past its last column.
+    pub fn end(&self) -> usize {
+        self.first + low_rank_columns(self.lora.r)
+    }
+
+    /// Elements from row to row of a matrix that ends with these columns: whole cache lines in bf16.
+    pub fn row(&self) -> usize {
+        self.end().next_multiple_of(64)
+    }
+}
+
+impl Linear {
+    /// The module's pair with its place beside `x`, if it lies there.
+    pub fn low_rank(&self) -> Option<Beside> {
+        self.linear.lora.zip(self.beside).map(|(lora, first)| Beside { lora, first })
+    }
 }
 
 /// `x[:, first..] = dropout(x[:, ..in]) A^T` for modules that read the same `x`: one product for all of them. The base product of a
@@ -326,8 +340,8 @@ pub struct AdaptedModule {
 }
 
 /// The adapters' gradients of modules that read the same `x`, and their part of `dx`:
-/// `dxa = scaling dy B`, `grad B += scaling dy^T (x A^T)`, `grad A += dxa^T dropout(x)`, `dx (+)= sum of dropout'(dxa A)`.
-/// The base weights' part is [`LinearBackward`]'s.
+/// `dxa = scaling dy B`, `grad B += scaling dy^T (x A^T)`, `grad A += dxa^T dropout(x)`, `dx = sum of dropout'(dxa A)`.
+/// The base weights' part is [`LinearBackward`]'s, which adds to `dx`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraBackward {
     /// `[T, row]`, with the low-rank columns of [`LoraA`].

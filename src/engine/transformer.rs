@@ -258,24 +258,11 @@ impl<'a> Pass<'a> {
         norm: NormIds,
         at: &str,
     ) -> (TensorId, TensorId) {
-        self.norm(residual, delta, norm, at, 1)
+        self.norm(residual, delta, norm, at, 1, self.hidden())
     }
 
-    /// The norm of each of `groups` equal parts of a row.
+    /// The norm of each of `groups` equal parts of a row; the rows of the output have `row` elements.
     fn norm(
-        &mut self,
-        residual: TensorId,
-        delta: Option<(TensorId, TensorId)>,
-        norm: NormIds,
-        at: &str,
-        groups: usize,
-    ) -> (TensorId, TensorId) {
-        let width = self.regions.list[norm.weight.index()].numel() * groups;
-        self.norm_into(residual, delta, norm, at, groups, width)
-    }
-
-    /// With rows of `row` elements.
-    fn norm_into(
         &mut self,
         residual: TensorId,
         delta: Option<(TensorId, TensorId)>,
@@ -306,8 +293,8 @@ impl<'a> Pass<'a> {
             let Some(linear) = linear else { continue };
             if matches!(linear.weight, Weight::Nf4 { .. }) {
                 let (weight, in_features) = (linear.weight, linear.in_features);
-                let lora = linear.lora.zip(self.beside(l, m)).map(|(lora, first)| Beside { lora, first });
-                let row = lora.map_or(in_features, |b| row_beside(b.first + low_rank_columns(b.lora.r)));
+                let lora = self.beside(l, m);
+                let row = lora.map_or(in_features, |b| b.row());
                 let shape = [linear.out_features, row];
                 let name = format!("layer {l} weight {m} decoded");
                 let out = self.regions.within(self.phase, &name, Stage::Scratch, self.cfg.compute_dtype, &shape);
@@ -330,7 +317,7 @@ impl<'a> Pass<'a> {
     fn linear(&mut self, l: usize, m: usize, x: TensorId, at: &str) -> (TensorId, Option<TensorId>) {
         let linear = self.module(l, m);
         let y = self.act(at, Stage::Activations, linear.out_features);
-        let beside = self.beside(l, m);
+        let beside = self.beside(l, m).map(|b| b.first);
         let xa = if beside.is_some() { None } else { self.lora_a(&linear, at) };
         self.push(Op::Linear(Linear { linear, x, y: Some(y), xa, beside }));
         (y, xa)
@@ -353,29 +340,26 @@ impl<'a> Pass<'a> {
             return Vec::new();
         }
         let mut out: Vec<(usize, Beside)> = Vec::new();
-        let mut first = None;
         for place in Self::siblings(m) {
             let Some(linear) = &self.layout.layers[l].linears[place] else { continue };
             if linear.in_features % 8 != 0 {
                 return Vec::new();
             }
             let Some(lora) = linear.lora else { continue };
-            let at = first.unwrap_or(linear.in_features);
-            out.push((place, Beside { lora, first: at }));
-            first = Some(at + low_rank_columns(lora.r));
+            let first = out.last().map_or(linear.in_features, |(_, before)| before.end());
+            out.push((place, Beside { lora, first }));
         }
         out
     }
 
     /// Where the low-rank product of the module in place `m` lies in its input, if it does.
-    fn beside(&self, l: usize, m: usize) -> Option<usize> {
-        self.adapters(l, m).iter().find(|(place, _)| *place == m).map(|(_, beside)| beside.first)
+    fn beside(&self, l: usize, m: usize) -> Option<Beside> {
+        self.adapters(l, m).into_iter().find(|(place, _)| *place == m).map(|(_, beside)| beside)
     }
 
     /// Elements from row to row of the input of the module in place `m`, which has `width` columns.
     fn input_row(&self, l: usize, m: usize, width: usize) -> usize {
-        let end = self.adapters(l, m).last().map(|(_, b)| b.first + low_rank_columns(b.lora.r));
-        end.map_or(width, row_beside)
+        self.adapters(l, m).last().map_or(width, |(_, last)| last.row())
     }
 
     /// The low-rank products of the module in place `m` and of its siblings, beside their input.
@@ -438,7 +422,7 @@ impl<'a> Pass<'a> {
         let at = |what: &str| format!("layer {l} {what}");
         let ids = self.layout.layers[l].clone();
         let row = self.input_row(l, Q, self.hidden());
-        let (n1, input_rstd) = self.norm_into(residual, delta, ids.input_norm, &at("attention"), 1, row);
+        let (n1, input_rstd) = self.norm(residual, delta, ids.input_norm, &at("attention"), 1, row);
         self.low_rank(l, Q, n1);
         let input = delta.map_or(residual, |d| d.1);
         let offloads = last && l < self.offloaded.len();
@@ -452,8 +436,8 @@ impl<'a> Pass<'a> {
         let qk_raw = ids.qk_norm.map(|[q_norm, k_norm]| {
             let (raw_q, raw_k) = (q, k);
             let (q_rstd, k_rstd);
-            (q, q_rstd) = self.norm(q, None, q_norm, &at("q"), heads.q);
-            (k, k_rstd) = self.norm(k, None, k_norm, &at("k"), heads.kv);
+            (q, q_rstd) = self.norm(q, None, q_norm, &at("q"), heads.q, wide);
+            (k, k_rstd) = self.norm(k, None, k_norm, &at("k"), heads.kv, narrow);
             [(raw_q, q_rstd), (raw_k, k_rstd)]
         });
         self.rotary(l, q, k, false);
@@ -463,7 +447,7 @@ impl<'a> Pass<'a> {
         let (attn, attention_out) = self.out_norm(attn, ids.attention_out_norm, &at("attention output"));
         let middle = self.act(&at("middle"), Stage::Activations, self.hidden());
         let row = self.input_row(l, GATE, self.hidden());
-        let (n2, middle_rstd) = self.norm_into(input, Some((attn, middle)), ids.post_norm, &at("mlp"), 1, row);
+        let (n2, middle_rstd) = self.norm(input, Some((attn, middle)), ids.post_norm, &at("mlp"), 1, row);
         self.low_rank(l, GATE, n2);
         let f = self.spec.intermediate_size;
         let [gate, up] = self.side_by_side(l, GATE, n2, [("gate", f), ("up", f)], &mut xa);
@@ -780,7 +764,7 @@ impl<'a> Pass<'a> {
     ) -> bool {
         let adapted: Vec<AdaptedModule> = modules
             .iter()
-            .filter_map(|&(m, linear, dy)| Some(AdaptedModule { linear, first: self.beside(l, m)?, dy }))
+            .filter_map(|&(m, linear, dy)| Some(AdaptedModule { linear, first: self.beside(l, m)?.first, dy }))
             .collect();
         let (Some(x), Some(first)) = (x, adapted.first()) else { return false };
         let in_features = first.linear.in_features;

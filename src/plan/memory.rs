@@ -125,11 +125,10 @@ impl MemoryPlan {
         let names: HashSet<String> = targets.iter().flat_map(|t| &t.matched).map(|m| m.name.clone()).collect();
         let base = layout(spec, &config, &names);
         // The cache takes what training leaves: plan without it, then fill up.
-        let context = match config.max_context {
-            Some(n) => n,
-            None => spare_context(spec, &config, &base),
+        let (context, (layout, programs, placed)) = match config.max_context {
+            Some(n) => (n, place(spec, &config, base, n)),
+            None => place_and_fill(spec, &config, &base),
         };
-        let (layout, programs, placed) = place(spec, &config, base, context);
         Ok(MemoryPlan(Arc::new(Inner {
             spec: spec.clone(),
             config,
@@ -445,8 +444,8 @@ pub(crate) fn of_ops(
     }))
 }
 
-/// Positions of KV cache that fit into the space that the other phases need anyway.
-fn spare_context(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> usize {
+/// [`place`] with as many positions of KV cache as fit into the space that the other phases need anyway.
+fn place_and_fill(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> (usize, (Layout, Programs, Placed)) {
     let (_, _, placed) = place(spec, config, base.clone(), 1);
     let per_position =
         2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * config.compute_dtype.size_in_bytes();
@@ -458,15 +457,16 @@ fn spare_context(spec: &ModelSpec, config: &PlanConfig, base: &Layout) -> usize 
     let within = |fits: u64| (fits as usize).clamp(least, spec.max_position_embeddings);
     let mut context = within(space.saturating_sub(generate + slack) / per_position as u64);
     // Caches of another size may be placed with gaps between them.
-    for _ in 0..8 {
-        let (_, _, placed) = place(spec, config, base.clone(), context);
-        let over = placed.phases.get(&Phase::Generate).copied().unwrap_or(0).saturating_sub(space);
-        if over == 0 || context == least {
-            break;
+    let mut tries = 0;
+    loop {
+        let all = place(spec, config, base.clone(), context);
+        let over = all.2.phases.get(&Phase::Generate).copied().unwrap_or(0).saturating_sub(space);
+        if over == 0 || context == least || tries == 8 {
+            return (context, all);
         }
         context = within((context as u64).saturating_sub(over.div_ceil(per_position as u64)));
+        tries += 1;
     }
-    context
 }
 
 /// Sets what differs from the defaults of a method.

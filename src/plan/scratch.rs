@@ -28,7 +28,7 @@ fn width(regions: &[Region], id: TensorId) -> usize {
 fn cuda(op: &Op, regions: &[Region], elem: usize) -> usize {
     let rows = |id| rows(regions, id);
     match op {
-        Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false, o.beside).total,
+        Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false, o.low_rank()).total,
         Op::LinearBackward(o) => LinearScratch::new(&o.linear, rows(o.dy), elem, o.dx.is_some(), true, None).total,
         Op::LoraA(o) => {
             let pairs = o.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));

@@ -45,6 +45,11 @@ fn of_op(plan: &MemoryPlan, op: &Op, batch: &Batch) -> f64 {
     let attention = |heads: &Heads, products: f64| products * 2.0 * pairs(batch, heads) * (heads.q * heads.dim) as f64;
     let head = |table: TensorId| -> f64 { plan.regions()[table.index()].shape.iter().map(|&n| n as f64).product() };
     let times = |n: bool| f64::from(u8::from(n));
+    // dxa; A and B; dx.
+    let lora_gradients = |m: &LinearIds, lora: &Lora, dx: bool| {
+        let (out, into) = (product(lora.r, m.out_features), product(lora.r, m.in_features));
+        out + times(lora.grads.is_some()) * (out + into) + times(dx) * into
+    };
     match op {
         Op::Linear(o) => {
             let m = &o.linear;
@@ -65,18 +70,14 @@ fn of_op(plan: &MemoryPlan, op: &Op, batch: &Batch) -> f64 {
                 n += whole(m);
             }
             if let (Some(lora), Some(_), Some(_)) = (&m.lora, o.x, o.xa) {
-                let (out, into) = (product(lora.r, m.out_features), product(lora.r, m.in_features));
-                n += out + times(lora.grads.is_some()) * (out + into) + times(o.dx.is_some()) * into;
+                n += lora_gradients(m, lora, o.dx.is_some());
             }
             n
         }
         Op::LoraA(o) => o.adapters.iter().map(|m| product(m.lora.r, o.in_features)).sum(),
         Op::LoraBackward(o) => {
-            let of = |m: &LinearIds, lora: &Lora| {
-                let (out, into) = (product(lora.r, m.out_features), product(lora.r, m.in_features));
-                out + times(lora.grads.is_some()) * (out + into) + times(o.dx.is_some()) * into
-            };
-            o.modules.iter().filter_map(|m| Some(of(&m.linear, m.linear.lora.as_ref()?))).sum()
+            let of = |m: &LinearIds| Some(lora_gradients(m, m.lora.as_ref()?, o.dx.is_some()));
+            o.modules.iter().filter_map(|m| of(&m.linear)).sum()
         }
         Op::Attention(o) => attention(&o.heads, 2.0),
         Op::AttentionBackward(o) => attention(&o.heads, 5.0),

@@ -6,7 +6,7 @@ use super::CpuOps;
 use super::math::{dot, vectorised};
 use super::matmul::{Matrix, matmul};
 use crate::engine::dropout::dropout;
-use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Magnitude, Scratch, Weight};
+use crate::engine::ops::{Dequantize, Linear, LinearBackward, LinearIds, Lora, Magnitude, Scratch, Weight};
 use crate::nf4::{AbsmaxRef, dequantize_into};
 
 /// Columns of a bias's gradient that one task owns: it adds all tokens to them, in order.
@@ -264,8 +264,29 @@ impl CpuOps {
         }
     }
 
+    /// A 4-bit weight as f32, with the scaled B beside it where that is asked for.
+    pub(super) fn decode_rows(&self, op: &Dequantize) {
+        // SAFETY: regions of one operation.
+        let out: &mut [f32] = unsafe { self.slice(op.out) };
+        let (k, row) = (op.in_features, self.width(op.out));
+        if row == k {
+            return self.decode(op.weight, out);
+        }
+        let mut dense = vec![0f32; out.len() / row * k];
+        self.decode(op.weight, &mut dense);
+        for (i, (out, w)) in out.chunks_exact_mut(row).zip(dense.chunks_exact(k)).enumerate() {
+            out[..k].copy_from_slice(w);
+            let Some(beside) = op.lora else { continue };
+            let lora = beside.lora;
+            // SAFETY: only read.
+            let b = unsafe { &self.slice::<f32>(lora.b)[i * lora.r..][..lora.r] };
+            out[k..beside.end()].fill(0.0);
+            out[beside.first..].iter_mut().zip(b).for_each(|(o, b)| *o = lora.scaling * b);
+        }
+    }
+
     /// A 4-bit weight as f32.
-    pub(super) fn decode(&self, weight: Weight, out: &mut [f32]) {
+    fn decode(&self, weight: Weight, out: &mut [f32]) {
         let Weight::Nf4 { packed, absmax, nested, config } = weight else { return };
         // SAFETY: weights are only read.
         unsafe {

@@ -319,23 +319,7 @@ impl Ops for CpuOps {
         Ok(())
     }
     fn dequantize(&mut self, op: &Dequantize) -> Result<()> {
-        // SAFETY: regions of one operation.
-        let out: &mut [f32] = unsafe { self.slice(op.out) };
-        let (k, row) = (op.in_features, self.width(op.out));
-        if row == k {
-            self.decode(op.weight, out);
-            return Ok(());
-        }
-        let mut dense = vec![0f32; out.len() / row * k];
-        self.decode(op.weight, &mut dense);
-        for (i, (out, w)) in out.chunks_exact_mut(row).zip(dense.chunks_exact(k)).enumerate() {
-            out[..k].copy_from_slice(w);
-            let Some(Beside { lora, first }) = op.lora else { continue };
-            // SAFETY: only read.
-            let b = unsafe { &self.slice::<f32>(lora.b)[i * lora.r..][..lora.r] };
-            out[k..first + low_rank_columns(lora.r)].fill(0.0);
-            out[first..].iter_mut().zip(b).for_each(|(o, b)| *o = lora.scaling * b);
-        }
+        self.decode_rows(op);
         Ok(())
     }
     fn zero(&mut self, op: &Zero) -> Result<()> {

@@ -22,7 +22,7 @@ impl CudaOps {
 
     /// `y = dropout(x)`, elem `[n]`, with the module's mask of this micro-step; `y` may be `x`.
     pub(super) fn dropout(&self, lora: &Lora, x: u64, y: u64, n: usize) -> Result<()> {
-        self.dropout_kernel("dropout", lora, [x, y], n, &[Arg::U32(1), Arg::U32(1)])
+        self.dropout_rows(lora, (x, 1), y, n, 1)
     }
 
     /// The same where rows of x, `[n / width, width]`, are `row` elements apart; those of y are not.

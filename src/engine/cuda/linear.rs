@@ -10,7 +10,7 @@ use super::matmul::Matrix;
 use super::nf4::{Rows, quant_type_code};
 use super::scratch::LinearScratch;
 use crate::Result;
-use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight, low_rank_columns};
+use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
 
 /// Dynamic shared memory that the kernel for one token takes for its input, at most.
 const ONE_SHARED: usize = 40 << 10;
@@ -20,20 +20,20 @@ impl CudaOps {
         let (t, m, e) = (self.tokens, op.linear, self.dtype);
         let (n, k) = (m.out_features, m.in_features);
         let rows = self.region(op.x).shape[0];
-        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.y.is_some(), false, op.beside);
+        let space = LinearScratch::new(&m, rows, e.size_in_bytes(), op.y.is_some(), false, op.low_rank());
         let base = self.at(scratch);
         let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
         let y = op.y.map(|y| Matrix::new(self.ptr(y), e, n));
-        let lora = m.lora.as_ref().filter(|_| self.state.adapter);
-        let (Some(y), Some(first), Some(lora)) = (y, op.beside, lora) else {
+        let (Some(y), Some(beside), true) = (y, op.low_rank(), self.state.adapter) else {
             return self.linear_apart(op, x, y, base, space);
         };
+        let (lora, first) = (&beside.lora, beside.first);
         if self.has_one_kernel(&m) {
             self.linear_one(&m, x.ptr, y.ptr, Some((lora, x.columns(first).ptr)))?;
             return self.add_bias(&m, y.ptr);
         }
         // What the weight has beside it is multiplied with what the input has beside it.
-        let together = first + low_rank_columns(lora.r);
+        let together = beside.end();
         match m.weight {
             Weight::Nf4 { .. } => {
                 let rows = Rows { k, row: space.row, beside: Some(self.scaled_b(lora, first)) };
@@ -80,7 +80,7 @@ impl CudaOps {
         let ready = self.weights(&m, base, space, y.is_some(), adapted.is_some())?;
         // The adapter's part first: the large product adds it where it would only write.
         if let Some((lora, xa)) = adapted {
-            let dropped = self.dropped(lora, x, t * k, base + space.dropped)?;
+            let dropped = self.dropped(lora, x, k, base + space.dropped)?;
             self.matmul(xa, dropped, ready.a.t(), (t, lora.r, k), 1.0, 0.0)?;
             if let Some(y) = y {
                 self.matmul(y, xa, ready.b.t(), (t, n, lora.r), lora.scaling, 0.0)?;
@@ -162,23 +162,12 @@ impl CudaOps {
                 (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
             let xa = Matrix::new(self.ptr(xa), e, r);
             self.matmul(grad_b, dy.t(), xa, (n, r, t), lora.scaling, 1.0)?;
-            let x = self.dropped(lora, Matrix::new(self.ptr(x), e, k), t * k, base + space.dropped)?;
+            let x = self.dropped(lora, Matrix::new(self.ptr(x), e, k), k, base + space.dropped)?;
             self.matmul(grad_a, dxa.t(), x, (r, k, t), 1.0, 1.0)?;
         }
         let Some(dx) = op.dx else { return Ok(()) };
         let dx = Matrix::new(self.ptr(dx), e, k);
-        match (self.drops(lora), op.accumulate) {
-            (true, true) => {
-                let through = Matrix::new(base + space.dropped, e, k);
-                self.matmul(through, dxa, ready.a, (t, k, r), 1.0, 0.0)?;
-                self.dropout_add(lora, dx.ptr, through.ptr, t * k)
-            }
-            (true, false) => {
-                self.matmul(dx, dxa, ready.a, (t, k, r), 1.0, 0.0)?;
-                self.dropout(lora, dx.ptr, dx.ptr, t * k)
-            }
-            (false, accumulate) => self.matmul(dx, dxa, ready.a, (t, k, r), 1.0, if accumulate { 1.0 } else { 0.0 }),
-        }
+        self.through_dropout(lora, (dx, dxa, ready.a), op.accumulate, r, base + space.dropped)
     }
 
     /// Whether the batch is one token of a decoded text, for which there are kernels that only read the weights.
@@ -229,15 +218,6 @@ impl CudaOps {
                 self.gpu.launch("linear_one", "nf4_one", how, &[&weight[..], &vectors, &low].concat())
             }
         }
-    }
-
-    /// `x` with dropout applied, in `space` when there is any.
-    fn dropped(&self, lora: &Lora, x: Matrix, n: usize, space: u64) -> Result<Matrix> {
-        if !self.drops(lora) {
-            return Ok(x);
-        }
-        self.dropout(lora, x.ptr, space, n)?;
-        Ok(Matrix { ptr: space, ..x })
     }
 
     /// The module's matrices in the compute dtype: a 4-bit weight is decoded, A and B are cast.

@@ -50,7 +50,7 @@ impl CudaOps {
         let mut row = 0;
         for m in &op.adapters {
             let columns = low_rank_columns(m.lora.r);
-            let dropped = self.dropped_rows(&m.lora, x, k, base + space.dropped)?;
+            let dropped = self.dropped(&m.lora, x, k, base + space.dropped)?;
             self.matmul(x.columns(m.first), dropped, a.rows(row).t(), (t, columns, k), 1.0, 0.0)?;
             row += columns;
         }
@@ -83,7 +83,7 @@ impl CudaOps {
                     (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
                 self.matmul(grad_b, dy.t(), x.columns(m.first), (n, r, t), lora.scaling, 1.0)?;
                 if !together {
-                    let x = self.dropped_rows(lora, x, k, base + space.dropped)?;
+                    let x = self.dropped(lora, x, k, base + space.dropped)?;
                     self.matmul(grad_a, dxa.t(), x, (r, k, t), 1.0, 1.0)?;
                 }
             }
@@ -111,7 +111,7 @@ impl CudaOps {
     }
 
     /// `dx (+)= dropout'(dxa A)`; `space` has room for what `dropout'` takes.
-    fn through_dropout(
+    pub(super) fn through_dropout(
         &mut self,
         lora: &Lora,
         (dx, dxa, a): (Matrix, Matrix, Matrix),
@@ -163,7 +163,7 @@ impl CudaOps {
     }
 
     /// The first `k` columns of `x` with dropout applied, in `space` where there is any.
-    fn dropped_rows(&self, lora: &Lora, x: Matrix, k: usize, space: u64) -> Result<Matrix> {
+    pub(super) fn dropped(&self, lora: &Lora, x: Matrix, k: usize, space: u64) -> Result<Matrix> {
         if !self.drops(lora) {
             return Ok(x);
         }

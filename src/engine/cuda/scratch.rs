@@ -1,7 +1,7 @@
 //! Where the temporaries of an operation lie in its scratch: read by the plan for their size, by the launchers for their
 //! places. No GPU is needed.
 
-use crate::engine::ops::{LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns, row_beside};
+use crate::engine::ops::{Beside, LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns};
 
 /// What a matrix product wants its operands aligned to, in bytes.
 const ALIGN: usize = 256;
@@ -37,21 +37,21 @@ pub(crate) struct LinearScratch {
 }
 
 impl LinearScratch {
-    /// For `rows` tokens at capacity and a compute dtype of `elem` bytes; `product`: the base weight takes part; `beside`: as in
-    /// [`Linear`](crate::engine::ops::Linear).
+    /// For `rows` tokens at capacity and a compute dtype of `elem` bytes; `product`: the base weight takes part; `beside`: where the
+    /// low-rank product lies beside the input.
     pub fn new(
         linear: &LinearIds,
         rows: usize,
         elem: usize,
         product: bool,
         backward: bool,
-        beside: Option<usize>,
+        beside: Option<Beside>,
     ) -> Self {
         let mut carve = Carve::default();
         let (n, k) = (linear.out_features, linear.in_features);
         let four_bit = matches!(linear.weight, Weight::Nf4 { .. });
         let r = linear.lora.map_or(0, |l| l.r);
-        let row = beside.map_or(k, |first| row_beside(first + low_rank_columns(r)));
+        let row = beside.map_or(k, |b| b.row());
         let weight = carve.take(if product && four_bit { n * row * elem } else { 0 });
         let cast = if elem == 2 { 2 } else { 0 };
         let a = carve.take(if beside.is_none() { r * k * cast } else { 0 });

@@ -12,32 +12,31 @@ const MODULE: u32 = 9;
 
 /// What a module is made of.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Case {
-    pub(super) out: usize,
-    pub(super) k: usize,
-    pub(super) quant: Option<Nf4Config>,
+struct Case {
+    out: usize,
+    k: usize,
+    quant: Option<Nf4Config>,
     /// Rank; 0: no adapter.
-    pub(super) r: usize,
-    pub(super) dropout: f32,
-    pub(super) accumulate: bool,
+    r: usize,
+    dropout: f32,
+    accumulate: bool,
     /// The weight is trained, its gradient f32 or elem.
-    pub(super) trained: Option<DType>,
-    pub(super) bias: bool,
+    trained: Option<DType>,
+    bias: bool,
     /// Whether the gradient of the input is wanted.
-    pub(super) dx: bool,
+    dx: bool,
 }
 
 impl Case {
-    pub(super) fn new((out, k): (usize, usize)) -> Self {
+    fn new((out, k): (usize, usize)) -> Self {
         Case { out, k, quant: None, r: 0, dropout: 0.0, accumulate: false, trained: None, bias: false, dx: true }
     }
 }
 
 /// The base weight in the bench, and its values in bf16.
-pub(super) fn base(b: &mut Bench, case: &Case) -> (Weight, Vec<f32>) {
-    let (n, k) = (case.out, case.k);
+pub(super) fn base(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>) -> (Weight, Vec<f32>) {
     let w = b.random(n * k);
-    let Some(config) = case.quant else { return (Weight::Dense { w: b.elems("weight", &[n, k], &w) }, w) };
+    let Some(config) = quant else { return (Weight::Dense { w: b.elems("weight", &[n, k], &w) }, w) };
     let q = quantize_f32(&w, &[n, k], DType::F32, config).unwrap();
     let packed = b.bytes("packed", DType::U8, &[q.packed.len()], &q.packed);
     let (absmax, nested) = match &q.absmax {
@@ -67,7 +66,7 @@ fn case(b: &mut Bench, case: Case) {
         }
         rounded(&x)
     };
-    let (weight, w) = base(b, &case);
+    let (weight, w) = base(b, (case.out, case.k), case.quant);
     let (x, dy, before, dw_before) = (b.random(t * k), b.random(t * n), b.random(t * k), b.random(n * k));
     let (a, bb, xa_kept) = (b.random(r * k), b.random(n * r), b.random(t * r));
     let (da_before, db_before) = (b.random(r * k), b.random(n * r));
@@ -252,7 +251,7 @@ fn one_token() {
 fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize) {
     let case = Case { quant, r, ..Case::new((n, k)) };
     b.part(format!("{case:?}"));
-    let (weight, w) = base(b, &case);
+    let (weight, w) = base(b, (case.out, case.k), case.quant);
     let (x, a, bb) = (b.random(k), b.random(r * k), b.random(n * r));
     let lora = (r > 0).then(|| {
         let (a, b) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));

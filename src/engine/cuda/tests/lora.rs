@@ -1,11 +1,11 @@
 //! LoRA beside the input of several modules. The plain computation in bf16 is that of `linear.rs`: every product rounded.
 
-use super::linear::{Case, SCALING, TOLERANCE, base, scaled};
+use super::linear::{SCALING, TOLERANCE, base, scaled};
 use super::*;
 use crate::engine::dropout::dropout;
 use crate::engine::ops::{
     AdaptedModule, Beside, Dequantize, Linear, LinearBackward, LinearIds, Lora, LoraA, LoraBackward, SplitColumns,
-    Weight, low_rank_columns, row_beside,
+    Weight, low_rank_columns,
 };
 use crate::nf4::{Nf4Config, QuantType};
 
@@ -36,7 +36,7 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
         Kept::Dense => None,
         Kept::FourBit(config) | Kept::Decoded(config) => Some(config),
     };
-    let (weight, w) = base(b, &Case { quant, ..Case::new((n, k)) });
+    let (weight, w) = base(b, (n, k), quant);
     let (a, bb) = (b.random(r * k), b.random(n * r));
     let grads = [b.random(r * k), b.random(n * r)];
     let lora = Lora {
@@ -52,9 +52,9 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
     let mut linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora: Some(lora) };
     if matches!(kept, Kept::Decoded(_)) {
         // What is beyond the columns of B stays NaN, and nobody reads it.
-        let out = b.between("decoded", &[n, row_beside(first + low_rank_columns(r))], &[]);
-        let beside = Some(Beside { lora, first });
-        b.op(Op::Dequantize(Dequantize { weight, in_features: k, out, lora: beside }));
+        let beside = Beside { lora, first };
+        let out = b.between("decoded", &[n, beside.row()], &[]);
+        b.op(Op::Dequantize(Dequantize { weight, in_features: k, out, lora: Some(beside) }));
         linear.weight = Weight::Dense { w: out };
     }
     Module { n, linear, w, a, b: bb, grads, first }
@@ -69,7 +69,7 @@ fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, 
         modules.push(module(b, (n, k), r, kept, p, first, i as u32));
         first += low_rank_columns(r);
     }
-    let row = row_beside(first);
+    let row = first.next_multiple_of(64);
     b.part(format!("group of {sizes:?} at {k}, {kept:?}, dropout {p}, dx {dx}"));
     let drop = |b: &Bench, x: &[f32], module: usize| {
         let mut x = x.to_vec();
