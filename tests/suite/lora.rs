@@ -238,6 +238,10 @@ fn unsupported_variants_are_refused_with_the_reason() {
     for (key, value) in [
         ("peft_type", json!("IA3")),
         ("init_lora_weights", json!("pissa_niter_4")),
+        ("init_lora_weights", json!("loftq")),
+        ("init_lora_weights", json!("pissa")),
+        ("loftq_config", json!({"loftq_bits": 4})),
+        ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
         ("trainable_token_indices", json!([1])),
         ("layer_replication", json!([[0, 2]])),
         ("fan_in_fan_out", json!(true)),

@@ -3,7 +3,7 @@
 
     latency.py KERNEL_PROGRAM [--cells 20] [--many 500] [--only ours|stock]
 
-KERNEL_PROGRAM is target/<host>/debug/tunebook-kernel, whose `kernel` and `stock` start the two. Everything is compiled before
+KERNEL_PROGRAM is target/<host>/release/tunebook-kernel, whose `kernel` and `stock` start the two. Everything is compiled before
 (`tunebook-kernel run --stock` of any notebook does it). Prints medians and minima in milliseconds, and the ratio of medians.
 """
 

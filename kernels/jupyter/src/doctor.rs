@@ -81,9 +81,9 @@ fn library(layout: &Layout) -> Found {
         Ok(Ok(template)) => Found::Yes(template.dir.display().to_string()),
         Ok(Err(_)) => Found::Missing(
             "not compiled, or its sources have changed; the next kernel compiles it".into(),
-            "cargo run -p tunebook-kernel -- install",
+            "cargo run --release -p tunebook-kernel -- install",
         ),
-        Err(why) => Found::Needed(why, "cargo run -p tunebook-kernel -- install"),
+        Err(why) => Found::Needed(why, "cargo run --release -p tunebook-kernel -- install"),
     }
 }
 
@@ -91,12 +91,12 @@ fn jupyter(layout: &Layout) -> Found {
     let jupyter = install::environment(layout).join("bin/jupyter-lab");
     match first_line(Command::new(jupyter).arg("--version")) {
         Some(version) => Found::Yes(format!("{version} in {}", install::environment(layout).display())),
-        None => Found::Missing("not installed".into(), "cargo run -p tunebook-kernel -- lab"),
+        None => Found::Missing("not installed".into(), "cargo run --release -p tunebook-kernel -- lab"),
     }
 }
 
 fn spec(layout: &Layout) -> Found {
-    const FIX: &str = "cargo run -p tunebook-kernel -- install";
+    const FIX: &str = "cargo run --release -p tunebook-kernel -- install";
     let file = install::environment(layout).join("share/jupyter/kernels/rust/kernel.json");
     let Ok(text) = std::fs::read_to_string(&file) else { return Found::Missing("not installed".into(), FIX) };
     let spec: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();

@@ -13,7 +13,7 @@ use crate::link::{Link, Report, Seen};
 use crate::output::Bundle;
 use crate::publisher::Publisher;
 use crate::source::{self, Place};
-use crate::stand_in::{PLAIN, TEMPLATE};
+use crate::stand_in::{PLAIN, TEMPLATE, UNREAD};
 use crate::syntax;
 use crate::template::{Layout, Template};
 use crate::traceback::Failure;
@@ -34,6 +34,8 @@ pub struct Evaluator {
     _template: std::fs::File,
     /// Cells that were executed, for places in errors.
     cells: Vec<(Option<u64>, String)>,
+    /// Whether rust-analyzer has been told of the standard library and ours.
+    knows_types: bool,
     pub history: history::History,
     pub execution_count: u64,
 }
@@ -74,6 +76,7 @@ impl Evaluator {
             layout: layout.clone(),
             _template: lock,
             cells: Vec::new(),
+            knows_types: false,
             history: history::History::default(),
             execution_count: 0,
         };
@@ -138,6 +141,9 @@ impl Evaluator {
         if source::sets_format(&code) {
             let _ = std::fs::write(self.workspace.join(PLAIN), "");
         }
+        if syntax::may_define_variables(&code) {
+            self.learn_types();
+        }
         self.link.start_cell(syntax::ends_in_expression(&code), capture);
         let result = catch_unwind(AssertUnwindSafe(|| self.context.execute(&code)));
         let died = matches!(&result, Ok(Err(Error::SubprocessTerminated(_))));
@@ -157,6 +163,21 @@ impl Evaluator {
             }
         };
         (outcome, captured)
+    }
+
+    /// From the next cell or question on, rust-analyzer knows what it may be asked for.
+    fn learn_types(&mut self) {
+        // `:opt` of the user has the same effect: the level is no longer that of the start.
+        let asked = |(_, code): &(Option<u64>, String)| code.lines().any(|l| l.trim_start().starts_with(":opt"));
+        if !self.knows_types && !self.cells.iter().any(asked) {
+            let _ = self.context.set_opt_level("0");
+            // evcxr writes it for a cell, and not before a question.
+            let manifest = self.workspace.join("ctx/Cargo.toml");
+            if let Ok(text) = std::fs::read_to_string(&manifest) {
+                let _ = std::fs::write(&manifest, text.replace(UNREAD, "0"));
+            }
+        }
+        self.knows_types = true;
     }
 
     fn judge(&mut self, result: Result<EvalOutputs, Error>, seen: Seen, code: &str, capture: bool) -> Outcome {
@@ -211,6 +232,7 @@ impl Evaluator {
 
     /// Content of a `complete_reply`.
     pub fn complete(&mut self, content: &Value) -> Value {
+        self.learn_types();
         let code = content["code"].as_str().unwrap_or_default();
         let position = content["cursor_pos"].as_u64().map_or(code.chars().count(), |p| p as usize);
         let byte = syntax::byte_of(code, position);
@@ -243,6 +265,7 @@ impl Evaluator {
 
     /// Content of an `inspect_reply`.
     pub fn inspect(&mut self, content: &Value) -> Value {
+        self.learn_types();
         let code = content["code"].as_str().unwrap_or_default();
         let position = content["cursor_pos"].as_u64().map_or(code.chars().count(), |p| p as usize);
         let byte = syntax::byte_of(code, position);
@@ -263,6 +286,7 @@ impl Evaluator {
 
     /// Lets rust-analyzer look at the standard library and ours before the user's first `let` needs it.
     pub fn warm_up(&mut self) {
+        self.learn_types();
         let code =
             "let plan = tunebook::plan::MemoryPlan::qlora(&tunebook::model::ModelSpec::preset(\"\").unwrap()); plan.";
         let _ = catch_unwind(AssertUnwindSafe(|| self.context.completions(code, code.len())));
@@ -335,7 +359,7 @@ pub fn set_environment(layout: &Layout, workspace: &Workspace) -> Result<(), Str
     // Speed of compilation is all that counts for a cell; `:opt 2` is for those that loop themselves.
     let config = layout.home().join("evcxr");
     std::fs::create_dir_all(&config).map_err(io)?;
-    std::fs::write(config.join("evcxr.toml"), "[evcxr]\nopt_level = \"0\"\n").map_err(io)?;
+    std::fs::write(config.join("evcxr.toml"), format!("[evcxr]\nopt_level = \"{UNREAD}\"\n")).map_err(io)?;
 
     // SAFETY: no other thread runs yet.
     unsafe {

@@ -23,6 +23,8 @@ pub enum Place {
 
 /// Notebooks name it; stock evcxr's is called so too, and they open with either.
 const NAME: &str = "rust";
+/// In the spec's `metadata`: this program wrote it, and may replace and remove it.
+const MARKER: &str = "tunebook-kernel";
 const LOGO: &str = include_str!("logo.svg");
 
 /// The Python environment with JupyterLab.
@@ -176,7 +178,8 @@ fn spec_dir(layout: &Layout, place: &Place) -> Result<PathBuf, String> {
 
 fn ours_or_nothing(dir: &Path) -> Result<(), String> {
     let Ok(text) = fs::read_to_string(dir.join("kernel.json")) else { return Ok(()) };
-    if text.contains("tunebook") {
+    let spec: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    if spec["metadata"][MARKER].is_string() {
         return Ok(());
     }
     Err(format!("{} belongs to another kernel; move it away, or use --prefix", dir.display()))
@@ -192,7 +195,7 @@ fn write_spec(layout: &Layout, dir: &Path) -> Result<(), String> {
         "display_name": "Rust",
         "language": "rust",
         "interrupt_mode": "message",
-        "metadata": {"debugger": false},
+        "metadata": {"debugger": false, MARKER: env!("CARGO_PKG_VERSION")},
     });
     let text = serde_json::to_string_pretty(&spec).expect("a value is JSON");
     // A server that is reading the old one sees it whole.

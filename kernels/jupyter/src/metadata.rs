@@ -118,6 +118,26 @@ pub fn at(mut metadata: Value, context: &Path) -> Value {
     metadata
 }
 
+/// The same answer without all that is no member of the workspace; for a library of the system, nothing.
+pub fn of_root(mut full: Value) -> Value {
+    let root = full["workspace_members"].as_array().filter(|m| m.len() == 1).map(|m| m[0].clone()).unwrap_or_default();
+    if let Some(packages) = full["packages"].as_array_mut() {
+        packages.retain(|p| p["id"] == root);
+    }
+    if root.is_null() {
+        full["workspace_members"] = json!([]);
+        full["workspace_default_members"] = json!([]);
+    }
+    if let Some(nodes) = full["resolve"]["nodes"].as_array_mut() {
+        nodes.retain(|n| n["id"] == root);
+        for n in nodes {
+            n["deps"] = json!([]);
+            n["dependencies"] = json!([]);
+        }
+    }
+    full
+}
+
 /// The standard library as far as types of variables need it: three packages that know each other. What these are made of in
 /// turn would be read for nothing.
 pub fn of_sysroot(mut full: Value, no_deps: bool) -> Value {
@@ -160,6 +180,8 @@ mod tests {
         assert_eq!(names, ["std", "core", "alloc"]);
         assert_eq!(out["resolve"]["nodes"][2]["deps"][1]["pkg"], "id of alloc");
         assert!(of_sysroot(full, true)["resolve"].is_null());
+        let nothing = of_root(out);
+        assert_eq!((&nothing["packages"], &nothing["resolve"]["nodes"]), (&json!([]), &json!([])));
     }
 
     #[test]

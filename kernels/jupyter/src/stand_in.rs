@@ -49,6 +49,11 @@ fn diagnostic(message: &str) -> Value {
     json!({"message": message, "level": "error", "spans": [], "children": [], "code": null, "rendered": message})
 }
 
+/// The optimisation level in evcxr's manifest before the first cell with a `let`: until then rust-analyzer is told of the cell's
+/// crate alone. Reading the standard library takes it seconds, and no cell without variables asks for a type. When the
+/// manifest changes, evcxr lets it load everything anew.
+pub const UNREAD: &str = "0 # types are unread";
+
 /// The kernel on whose behalf it runs.
 struct Session {
     dir: PathBuf,
@@ -136,6 +141,8 @@ impl Session {
                 metadata::ask(&self.template.toolchain, &dir)?
             }
         };
+        let unread = || fs::read_to_string(context.join("Cargo.toml")).is_ok_and(|text| text.contains(UNREAD));
+        let answer = if manifest.is_some() && unread() { metadata::of_root(answer) } else { answer };
         println!("{answer}");
         Ok(ExitCode::SUCCESS)
     }
@@ -228,7 +235,8 @@ impl Session {
         let code = fs::read_to_string(&written).map_err(|e| format!("{}: {e}", written.display()))?;
         let cell = context.join("cell");
         fs::create_dir_all(&cell).map_err(|e| e.to_string())?;
-        let code = source::with_toolkit(&code, self.dir.join(PLAIN).exists());
+        let plain = self.dir.join(PLAIN).exists();
+        let code = source::with_toolkit(&code, plain);
         fs::write(cell.join("lib.rs"), code).map_err(|e| e.to_string())?;
 
         let mut rustc = template_command(&self.template.toolchain.rustc);
@@ -245,7 +253,7 @@ impl Session {
         for dir in &externs.deps {
             rustc.arg("-L").arg(format!("dependency={}", dir.display()));
         }
-        hand_over(&mut rustc)
+        if plain { without_own_advice(&mut rustc) } else { hand_over(&mut rustc) }
     }
 
     /// `:opt` of evcxr writes it into the manifest. The default is the fastest to compile.
@@ -407,13 +415,35 @@ fn template_command(program: impl AsRef<std::ffi::OsStr>) -> Command {
     crate::toolchain::user_command(program)
 }
 
+/// Runs rustc as [`hand_over`] does, without its advice to bring the toolkit's trait into scope: it points at a line of the
+/// user's, so evcxr would take it for the user's error, and not try its own means of displaying a value.
+fn without_own_advice(rustc: &mut Command) -> Result<ExitCode, String> {
+    let mut child = rustc.stderr(Stdio::piped()).spawn().map_err(|e| format!("rustc: {e}"))?;
+    let said = BufReader::new(child.stderr.take().expect("piped"));
+    for line in said.lines().map_while(Result::ok) {
+        match serde_json::from_str::<Value>(&line) {
+            Ok(mut message) if message["children"].is_array() => {
+                let own =
+                    |c: &Value| c["message"].as_str().is_some_and(|m| m.starts_with("trait `Shown` which provides"));
+                message["children"].as_array_mut().expect("an array").retain(|c| !own(c));
+                eprintln!("{message}");
+            }
+            _ => eprintln!("{line}"),
+        }
+    }
+    child.wait().map(exit_code).map_err(|e| format!("rustc: {e}"))
+}
+
 /// Runs a program with this one's streams, and ends as it does.
 fn hand_over(command: &mut Command) -> Result<ExitCode, String> {
     let program = command.get_program().display().to_string();
-    let status = command.status().map_err(|e| format!("{program}: {e}"))?;
-    Ok(match status.code() {
+    command.status().map(exit_code).map_err(|e| format!("{program}: {e}"))
+}
+
+fn exit_code(status: std::process::ExitStatus) -> ExitCode {
+    match status.code() {
         Some(0) => ExitCode::SUCCESS,
         Some(code) => ExitCode::from(u8::try_from(code).unwrap_or(FAILED)),
         None => ExitCode::from(FAILED),
-    })
+    }
 }

@@ -19,7 +19,15 @@ pub fn prepare(layout: &Layout) -> Result<(), String> {
     let toolchain = Toolchain::ask(&layout.repository)?;
     let mut cargo = toolchain.cargo_command();
     // With the kernel, so that both share what they depend on.
-    cargo.current_dir(&layout.repository).args(["build", "--quiet", "-p", "stock-evcxr", "-p", "tunebook-kernel"]);
+    cargo.current_dir(&layout.repository).args([
+        "build",
+        "--quiet",
+        "--release",
+        "-p",
+        "stock-evcxr",
+        "-p",
+        "tunebook-kernel",
+    ]);
     match cargo.env("CARGO_TARGET_DIR", &layout.target).status() {
         Ok(s) if s.success() => Ok(()),
         _ => Err("stock evcxr does not compile; cargo's message is above".into()),
@@ -64,10 +72,10 @@ pub fn repl(layout: &Layout) -> Result<bool, String> {
 /// No Rust.
 fn program(layout: &Layout, name: &str, workspace: &Workspace) -> Result<Command, String> {
     let toolchain = Toolchain::ask(&layout.repository)?;
-    let program: PathBuf = layout.target.join(&toolchain.host).join("debug").join(name);
+    let program: PathBuf = layout.target.join(&toolchain.host).join("release").join(name);
     if !program.is_file() {
         return Err(format!(
-            "{} is not compiled: run 'cargo build -p stock-evcxr -p tunebook-kernel'",
+            "{} is not compiled: run 'cargo build --release -p stock-evcxr -p tunebook-kernel'",
             program.display()
         ));
     }

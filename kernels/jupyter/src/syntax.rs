@@ -95,6 +95,11 @@ pub fn ends_in_expression(code: &str) -> bool {
         .is_some_and(|n| ast::Expr::can_cast(n.kind()))
 }
 
+/// Whether a cell may have variables that outlive it: there is a `let` anywhere.
+pub fn may_define_variables(code: &str) -> bool {
+    code.split(|c: char| !(c.is_alphanumeric() || c == '_')).any(|word| word == "let")
+}
+
 /// The end of the name that `position` (in bytes) is in or at the end of.
 pub fn end_of_name(code: &str, position: usize) -> usize {
     let rest = &code[position..];

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -31,7 +32,7 @@ impl Layout {
         let repository = std::env::var_os(crate::env::REPOSITORY)
             .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."), PathBuf::from);
         let repository = fs::canonicalize(&repository).unwrap_or(repository);
-        // <target>/<host>/debug/tunebook-kernel
+        // <target>/<host>/release/tunebook-kernel
         let own = std::env::current_exe().ok().and_then(|p| Some(p.ancestors().nth(3)?.to_owned()));
         let own = own.filter(|dir| dir.join("CACHEDIR.TAG").is_file());
         let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from).or(own).unwrap_or_else(|| "target".into());
@@ -266,7 +267,6 @@ pub fn is_artifact(file: &Path) -> bool {
 
 /// For `debug/libx.so`, the file in `debug/deps` with a hash in its name that it is a link to.
 pub fn hashed(file: &Path) -> PathBuf {
-    use std::os::unix::fs::MetadataExt;
     let Some(parent) = file.parent().filter(|p| !p.ends_with("deps")) else { return file.to_owned() };
     let (Ok(own), Ok(entries)) = (fs::metadata(file), fs::read_dir(parent.join("deps"))) else {
         return file.to_owned();
@@ -306,8 +306,9 @@ fn fingerprint(layout: &Layout) -> Result<String, String> {
     hash.update(layout.repository.as_os_str().as_encoded_bytes());
     hash.update(rustc.as_os_str().as_encoded_bytes());
     // The compiler: a new one is a new file.
-    let compiler = fs::metadata(&rustc).and_then(|m| m.modified()).map_err(|e| format!("{}: {e}", rustc.display()))?;
-    hash.update(format!("{compiler:?}"));
+    let compiler = fs::metadata(&rustc).map_err(|e| format!("{}: {e}", rustc.display()))?;
+    // Whole seconds: images of containers keep no more.
+    hash.update(format!("{} {}", compiler.len(), compiler.mtime()));
     let mut files: Vec<PathBuf> = ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"].map(PathBuf::from).into();
     for dir in ["src", "kernels/cuda", "kernels/jupyter/toolkit"] {
         list(&layout.repository, Path::new(dir), &mut files)

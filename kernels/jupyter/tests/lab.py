@@ -50,7 +50,7 @@ class Lab:
         notebooks = work / "notebooks"
         shutil.copytree(REPOSITORY / "notebooks", notebooks)
         (work / "runs").mkdir()
-        self.slow_down(notebooks / NOTEBOOK)
+        self.with_library(notebooks / NOTEBOOK)
         token, port = secrets.token_hex(16), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = open(out / "jupyter.log", "w")
@@ -69,7 +69,8 @@ class Lab:
         wait("JupyterLab's start", answers, 60)
         options = webdriver.ChromeOptions()
         for argument in ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1500",
-                         "--disable-gpu", f"--user-data-dir={work / 'chrome'}"]:
+                         "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                         f"--user-data-dir={work / 'chrome'}"]:
             options.add_argument(argument)
         options.binary_location = shutil.which("chromium") or shutil.which("chromium-browser")
         service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
@@ -77,7 +78,7 @@ class Lab:
         self.browser.get(f"{self.url}/lab/tree/{NOTEBOOK}?token={token}")
 
     @staticmethod
-    def slow_down(path):
+    def with_library(path):
         """The notebook finds the library beside it; here it is elsewhere."""
         notebook = json.loads(path.read_text())
         for cell in notebook["cells"]:

@@ -13,7 +13,11 @@ fn values_text_and_displays_in_their_order() {
     front.run("let b: String = \"x\".repeat(a.len()); b").ok().result("\"xxx\"");
     front.run("println!(\"line\")").ok().stdout("line\n");
     front.run("print!(\"no newline\");").ok().stdout("no newline");
-    front.run("println!(\"a\"); eprintln!(\"b\");").ok();
+    // Two streams: each in its own order.
+    let mut cell = front.run("println!(\"a\"); eprintln!(\"b\");").ok();
+    let mut both = [(); 2].map(|()| cell.any().map(|m| m.content.to_string()).unwrap_or_default());
+    both.sort();
+    assert_eq!(both, [r#"{"name":"stderr","text":"b\n"}"#, r#"{"name":"stdout","text":"a\n"}"#]);
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub struct Front {
 
 /// The repository's target directory, which the tests of this crate were compiled into.
 pub fn target() -> PathBuf {
-    // <target>/<host>/debug/tunebook-kernel
+    // <target>/<host>/release/tunebook-kernel
     PathBuf::from(env!("CARGO_BIN_EXE_tunebook-kernel")).ancestors().nth(3).unwrap().to_owned()
 }
 
