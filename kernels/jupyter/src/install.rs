@@ -48,6 +48,7 @@ pub fn install(layout: &Layout, place: &Place) -> Result<(), String> {
     }
     library(layout)?;
     let dir = spec_dir(layout, place)?;
+    ours_or_nothing(place, &dir)?;
     write_spec(layout, &dir)?;
     println!("install: the kernel {NAME:?} in {}", dir.display());
     Ok(())
@@ -63,7 +64,7 @@ pub fn uninstall(layout: &Layout, place: &Place) -> Result<(), String> {
         println!("uninstall: nothing in {}", dir.display());
         return Ok(());
     }
-    ours_or_nothing(&dir)?;
+    ours_or_nothing(place, &dir)?;
     fs::remove_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     println!("uninstall: removed {}", dir.display());
     Ok(())
@@ -176,7 +177,11 @@ fn spec_dir(layout: &Layout, place: &Place) -> Result<PathBuf, String> {
     Ok(jupyter.join("kernels").join(NAME))
 }
 
-fn ours_or_nothing(dir: &Path) -> Result<(), String> {
+/// A spec that somebody else has put there stays. The environment that `lab` makes is ours as a whole.
+fn ours_or_nothing(place: &Place, dir: &Path) -> Result<(), String> {
+    if matches!(place, Place::Environment) {
+        return Ok(());
+    }
     let Ok(text) = fs::read_to_string(dir.join("kernel.json")) else { return Ok(()) };
     let spec: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
     if spec["metadata"][MARKER].is_string() {
@@ -186,7 +191,6 @@ fn ours_or_nothing(dir: &Path) -> Result<(), String> {
 }
 
 fn write_spec(layout: &Layout, dir: &Path) -> Result<(), String> {
-    ours_or_nothing(dir)?;
     let io = |e: std::io::Error| format!("{}: {e}", dir.display());
     let program = std::env::current_exe().map_err(io)?;
     fs::create_dir_all(dir).map_err(io)?;

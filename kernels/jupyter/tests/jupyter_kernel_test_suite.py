@@ -28,16 +28,21 @@ class Kernel(jkt.KernelTests):
         {"code": f"{GPU}.evcxr_display();", "mime": "text/html"},
         {"code": f"{GPU}.evcxr_display();", "mime": "text/plain"},
     ]
-    code_history_pattern = "let b?*"
+    code_history_pattern = "6 ?*"
     supported_history_operations = ("tail", "range", "search")
     code_inspect_sample = "String::new"
-    code_clear_output = ""
+    code_clear_output = "tunebook::display::clear_output(false);"
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         # What a kernel says when it starts is no test's.
         cls.kc.execute_interactive("", silent=True, timeout=600)
+
+
+class Welcome(jkt.IopubWelcomeTests):
+    kernel_name = "rust"
+    support_iopub_welcome = True
 
 
 if __name__ == "__main__":
