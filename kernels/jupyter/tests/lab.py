@@ -100,8 +100,8 @@ class Lab:
         return self.browser.execute_script(script, *arguments)
 
     def command(self, name, arguments=None):
-        """One of JupyterLab's commands, as its menus run it."""
-        return self.js("return window.jupyterapp.commands.execute(arguments[0], arguments[1])", name, arguments or {})
+        """One of JupyterLab's commands, as its menus run it; does not wait for its end."""
+        self.js("window.jupyterapp.commands.execute(arguments[0], arguments[1])", name, arguments or {})
 
     def cells(self):
         """Source, prompt, and text of the outputs of each code cell: of the model, as cells out of sight are not drawn."""
@@ -122,7 +122,7 @@ class Lab:
             const notebook = window.jupyterapp.shell.currentWidget.content;
             const i = notebook.widgets.findIndex(c => c.model.sharedModel.getSource().trim() === arguments[0]);
             notebook.activeCellIndex = i;
-            return notebook.scrollToItem(i, 'start');""", source)
+            notebook.scrollToItem(i, 'start');""", source)
 
 
 def html_of(cell):

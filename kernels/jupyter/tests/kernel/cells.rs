@@ -52,6 +52,11 @@ fn the_library_is_there_and_shows_itself() {
     assert!(data["text/plain"].as_str().unwrap().starts_with("t4"), "{data}");
     assert!(data["text/html"].as_str().unwrap().contains("<"), "{data}");
     drop(cell);
+    // A variable that the last expression moves is gone, and the value shows itself all the same.
+    let mut cell = front.run("let moved = gpu.clone();\nstd::convert::identity(moved)").ok();
+    assert!(cell.result_data()["text/html"].is_string());
+    drop(cell);
+    front.run("moved").error("error[E0425]", "moved");
     // Several displays of one cell, each in its place between the text.
     let mut cell = front.run(
         "println!(\"one\");\ngpu.evcxr_display();\nprintln!(\"two\");\ngpu.evcxr_display();\nprintln!(\"three\");",
