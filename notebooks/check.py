@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 
+SAVE = "run `tunebook-kernel run --save`"
 LARGEST = 300_000
 MOST_CELLS, MOST_LINES, WIDEST = 40, 15, 116
 CODE_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -104,7 +105,7 @@ def check_shape(nb, path):
         yield from ((index, f"a line of {len(l)} columns: {l[:50]}…") for l in lines if len(l) > WIDEST)
         last = lines[-1].strip() if lines else ""
         if last and not last.endswith((";", "}")) and not cell.outputs:
-            yield index, "its output is not saved: run notebooks/run.py --save"
+            yield index, f"its output is not saved: {SAVE}"
 
 
 def check_current(nb, executed):
@@ -115,22 +116,27 @@ def check_current(nb, executed):
     for index, (saved, new) in enumerate(zip(nb.cells, fresh.cells)):
         if saved.cell_type != "code" or "machine" in saved.metadata.get("tags", []):
             continue
+        if "raises-exception" in saved.metadata.get("tags", []):
+            said = next((o.evalue.splitlines()[0] for o in saved.outputs if o.output_type == "error"), None)
+            if said is None or said not in text_of(new):
+                yield index, f"a fresh run does not say {said!r}: {SAVE}"
+            continue
         a, b = (NUMBER.findall(plain_text_of(c)) for c in (saved, new))
         if len(a) != len(b):
-            yield index, f"the saved output has {len(a)} numbers, a fresh one {len(b)}: run notebooks/run.py --save"
+            yield index, f"the saved output has {len(a)} numbers, a fresh one {len(b)}: {SAVE}"
             continue
         for x, y in zip(a, b):
             p, q = (float(v.replace(",", "")) for v in (x, y))
             close = abs(p - q) <= 0.03 * max(abs(p), abs(q)) or max(abs(p), abs(q)) < 1e-4
             if x != y and (not close or "." not in x + y):
-                yield index, f"the saved output says {x}, a fresh one {y}: run notebooks/run.py --save"
+                yield index, f"the saved output says {x}, a fresh one {y}: {SAVE}"
                 break
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--executed", type=Path, help="where notebooks/run.py left the executed notebooks")
+    parser.add_argument("--executed", type=Path, help="where `tunebook-kernel run` left the executed notebooks")
     args = parser.parse_args()
     wrong = 0
     for path in args.notebooks:

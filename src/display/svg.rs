@@ -58,6 +58,8 @@ pub struct Frame {
     pub x_label: String,
     /// Name and unit of y; empty: no y axis.
     pub y_label: String,
+    /// Whether x counts something: between whole numbers there is no tick's text.
+    pub whole_x: bool,
     /// Read out by screen readers.
     pub alt: String,
 }
@@ -73,6 +75,7 @@ impl Frame {
             y: y.start - margin..y.end + margin,
             x_label: String::new(),
             y_label: String::new(),
+            whole_x: false,
             alt: String::new(),
         }
     }
@@ -80,6 +83,12 @@ impl Frame {
     /// Names of the axes, with units.
     pub fn labels(mut self, x: &str, y: &str) -> Frame {
         (self.x_label, self.y_label) = (x.to_owned(), y.to_owned());
+        self
+    }
+
+    /// x counts steps, layers, tokens.
+    pub fn counted(mut self) -> Frame {
+        self.whole_x = true;
         self
     }
 
@@ -140,7 +149,7 @@ impl Frame {
             .y_desc(&self.y_label)
             .x_labels(8)
             .y_labels(5)
-            .x_label_formatter(&|v| tick(*v))
+            .x_label_formatter(&|v| if self.whole_x && (v - v.round()).abs() > 1e-6 { String::new() } else { tick(*v) })
             .y_label_formatter(&|v| tick(*v))
             .draw()
             .ok()?;

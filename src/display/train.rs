@@ -163,6 +163,7 @@ fn loss_chart(steps: &[StepReport], evaluations: &[EvalReport]) -> String {
     let points = || raw.iter().chain(&eval);
     let frame = Frame::around(points().map(|p| p.0), points().map(|p| p.1))
         .labels("step", "loss")
+        .counted()
         .size(720, 240)
         .alt("loss by step");
     lines(&frame, &all, &marks(steps, "resumed"))
@@ -212,6 +213,7 @@ fn from_zero(
     let frame = Frame::around(points.iter().map(|p| p.0), points.iter().map(|p| p.1))
         .from_zero()
         .labels("step", &format!("{name}{unit}"))
+        .counted()
         .size(size.0, size.1)
         .alt(format!("{name} by step"));
     lines(&frame, &[Line::new(points, colour)], marks)

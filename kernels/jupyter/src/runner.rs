@@ -314,12 +314,24 @@ fn save_in_place(mut nb: Value, path: &Path) -> bool {
     fs::write(path, pretty(&nb)).inspect_err(|e| println!("{}: {e}", path.display())).is_ok()
 }
 
-/// As Jupyter writes notebooks: one space of indentation.
+/// As Jupyter writes notebooks: texts as lists of lines, one space of indentation.
 fn pretty(nb: &Value) -> String {
+    let mut nb = nb.clone();
+    let lines = |v: &mut Value| {
+        if let Some(text) = v.as_str() {
+            *v = text.split_inclusive('\n').collect();
+        }
+    };
+    for output in nb["cells"].as_array_mut().into_iter().flatten().filter_map(|c| c["outputs"].as_array_mut()).flatten() {
+        if output["output_type"] == "stream" {
+            lines(&mut output["text"]);
+        }
+        output["data"].as_object_mut().into_iter().flatten().for_each(|(_, data)| lines(data));
+    }
     let mut out = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b" ");
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
-    serde::Serialize::serialize(nb, &mut serializer).expect("a value is JSON");
+    serde::Serialize::serialize(&nb, &mut serializer).expect("a value is JSON");
     out.push(b'\n');
     String::from_utf8(out).expect("JSON is UTF-8")
 }

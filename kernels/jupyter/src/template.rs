@@ -137,7 +137,9 @@ impl Template {
         }
         let messages = messages.join().map_err(|_| "reading cargo's messages failed".to_owned())?;
         if !child.wait().map_err(io)?.success() {
-            let first = said.iter().position(|l| l.starts_with("error")).unwrap_or(0);
+            let Some(first) = said.iter().position(|l| l.starts_with("error")) else {
+                return Err("the library does not compile; cargo's message is above".into());
+            };
             return Err(format!("the library does not compile:\n{}", said[first..].join("\n")));
         }
         Template::assemble(layout, &toolchain, &workspace, &fingerprint, &messages)

@@ -33,6 +33,7 @@ pub fn stacked_bars(bars: &[Bar], marks: &[(f64, String)], x_label: &str, alt: &
     let top = if marks.is_empty() { 0.0 } else { 0.45 };
     let height = (rows * 34.0 + top * 34.0) as u32 + 48;
     let frame = Frame {
+        whole_x: false,
         size: (720, height),
         x: 0.0..longest.max(1e-9) * 1.02,
         y: 0.0..rows + top,
