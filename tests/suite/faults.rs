@@ -1,7 +1,7 @@
 //! A process that is stopped at, or refused, each single change that it makes to the disk; and bits that flip there.
 //!
 //! The real program runs, unchanged, in a child whose system calls the parent sees (`ptrace`). Calls that change files are
-//! counted; at the chosen one the child is killed, or the call fails with EIO or ENOSPC.
+//! counted; at the chosen one the child is killed, or the call fails with EIO, ENOSPC or EACCES.
 
 #[path = "faults/trace.rs"]
 mod trace;
@@ -94,7 +94,8 @@ fn a_checkpoint_is_whole_or_absent_wherever_its_writer_is_stopped() {
 
 #[test]
 fn a_checkpoint_that_meets_an_error_says_so_and_harms_nothing() {
-    for (fault, said) in [(Fault::Error(libc::ENOSPC), "space"), (Fault::Error(libc::EIO), "disk")] {
+    let errors = [(libc::ENOSPC, "space"), (libc::EIO, "disk"), (libc::EACCES, "ermission")];
+    for (fault, said) in errors.map(|(error, said)| (Fault::Error(error), said)) {
         let (mut refused, mut survived) = (0, 0);
         let then = &mut |n: usize, dir: &Path, end: &End| {
             let run = dir.join("run");
@@ -211,23 +212,68 @@ fn no_flipped_bit_of_a_runs_record_or_data_goes_unnoticed() {
     }
 }
 
-/// A directory on a file system that is mounted read-only, in a mount namespace of the child's own.
+/// Mounts a file system in a mount namespace of this process's own, which ends with it. Exits with 9 where that is not allowed.
+fn mount_or_exit(mounts: &[(&std::ffi::CStr, &Path, &std::ffi::CStr, libc::c_ulong, &std::ffi::CStr)]) {
+    // SAFETY: changes this process only.
+    let mut mounted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+    for (source, target, kind, flags, options) in mounts {
+        let target = std::ffi::CString::new(target.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: NUL-terminated strings that live through the call.
+        mounted = mounted
+            && unsafe {
+                libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), *flags, options.as_ptr().cast()) == 0
+            };
+    }
+    if !mounted {
+        std::process::exit(9);
+    }
+}
+
+/// A disk of one megabyte that is filled up, and freed.
+#[test]
+#[ignore = "a child of a_full_disk_is_named"]
+fn child_fills_the_disk() {
+    let disk = child_dir().join("disk");
+    let private = (c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
+    mount_or_exit(&[private, (c"tmpfs", &disk, c"tmpfs", 0, c"size=1m")]);
+    run_with_one_checkpoint(&disk);
+    let (run, _) = RunDir::open(disk.join("run")).unwrap();
+    let ballast = disk.join("ballast");
+    let mut file = fs::File::create(&ballast).unwrap();
+    while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    let e = save(&run, 2, Some(1)).unwrap_err().to_string();
+    assert!(e.contains("space") && e.contains("disk/run"), "{e}");
+    assert_eq!(newest(&disk.join("run"), "full"), 1);
+    drop(file);
+    fs::remove_file(ballast).unwrap();
+    save(&run, 3, Some(1)).unwrap();
+    assert_eq!(newest(&disk.join("run"), "freed"), 3);
+}
+
+#[test]
+fn a_full_disk_is_named() {
+    let tmp = TempDir::new().unwrap();
+    fs::create_dir(tmp.path().join("disk")).unwrap();
+    let (status, text) = crate::kill_resume::run_child("faults::child_fills_the_disk", tmp.path(), &[]);
+    if status.code() == Some(9) {
+        eprintln!("skipped: this process may not mount a disk");
+        return;
+    }
+    assert!(status.success(), "{text}");
+}
+
+/// A directory on a file system that is mounted read-only.
 #[test]
 #[ignore = "a child of a_read_only_disk_is_named"]
 fn child_reads_only() {
     let dir = child_dir();
-    let disk = std::ffi::CString::new(dir.join("disk").into_os_string().into_encoded_bytes()).unwrap();
-    let none = c"none".as_ptr();
-    // SAFETY: NUL-terminated strings that live through the calls; the namespace ends with this process.
-    let mount = |source, target, flags| unsafe { libc::mount(source, target, c"".as_ptr(), flags, std::ptr::null()) };
-    // SAFETY: changes this process only.
-    let mounted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0
-        && mount(none, c"/".as_ptr(), libc::MS_REC | libc::MS_PRIVATE) == 0
-        && mount(disk.as_ptr(), disk.as_ptr(), libc::MS_BIND) == 0
-        && mount(none, disk.as_ptr(), libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY) == 0;
-    if !mounted {
-        std::process::exit(9);
-    }
+    let disk = dir.join("disk");
+    let same = std::ffi::CString::new(disk.as_os_str().as_encoded_bytes()).unwrap();
+    mount_or_exit(&[
+        (c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c""),
+        (&same, &disk, c"", libc::MS_BIND, c""),
+        (c"none", &disk, c"", libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY, c""),
+    ]);
     let run: PathBuf = dir.join("disk/run");
     // It can be looked at, and not written.
     assert_eq!(newest(&run, "read-only"), 1);

@@ -322,7 +322,8 @@ fn pretty(nb: &Value) -> String {
             *v = text.split_inclusive('\n').collect();
         }
     };
-    for output in nb["cells"].as_array_mut().into_iter().flatten().filter_map(|c| c["outputs"].as_array_mut()).flatten() {
+    for output in nb["cells"].as_array_mut().into_iter().flatten().filter_map(|c| c["outputs"].as_array_mut()).flatten()
+    {
         if output["output_type"] == "stream" {
             lines(&mut output["text"]);
         }
