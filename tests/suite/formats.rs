@@ -8,7 +8,7 @@ use tunebook::data::{
     detect, encode, message,
 };
 
-use crate::support::shared;
+use crate::support::{golden, shared};
 use crate::tiny_tokenizer::{CHAT_TEMPLATE, tiny_tokenizer, tokenizer_json};
 
 fn file(suffix: &str, text: impl AsRef<[u8]>) -> tempfile::NamedTempFile {
@@ -52,6 +52,28 @@ fn the_same_rows_come_from_every_format() {
     }
     for name in ["rows", "rows.txt", "rows.jsonl.gz"] {
         assert!(RowFormat::of(name).unwrap_err().to_string().contains(".parquet"), "{name}");
+    }
+}
+
+/// tests/golden/scripts/make_parquet.py
+#[test]
+fn parquet_in_every_compression() {
+    for codec in ["none", "snappy", "gzip", "brotli", "zstd", "lz4"] {
+        let path = golden(&format!("parquet/{codec}.parquet"));
+        let rows = Rows::from_path(&path).unwrap();
+        let expected: Vec<Value> = (0..40)
+            .map(|i| {
+                json!({
+                    "id": i, "text": format!("row {i}: ") + &"the cat likes honey. ".repeat(i % 4),
+                    "score": if i % 5 == 0 { Value::Null } else { json!(i as f64 / 8.0) },
+                    "messages": [message("user", &format!("question {i}")), message("assistant", &format!("answer {i}, with ü and 猫"))],
+                })
+            })
+            .collect();
+        assert_eq!(values(&rows), expected, "{codec}");
+        // Across the border of two row groups.
+        let part = RowFile::open(&path).unwrap().select(&["text"]).slice(14, 4).read().unwrap();
+        assert_eq!((part.len(), part.text(3, "text").unwrap()), (4, rows.text(17, "text").unwrap()), "{codec}");
     }
 }
 
