@@ -1,10 +1,13 @@
-//! Logits against candle-transformers' Mistral and Llama, and the key-value cache against the whole text at once.
+//! Logits against candle-transformers' models of every family, and the key-value cache against the whole text at once.
 
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama as candle_llama, mistral as candle_mistral};
+use candle_transformers::models::{
+    gemma as candle_gemma, gemma2 as candle_gemma2, llama as candle_llama, mistral as candle_mistral,
+    phi3 as candle_phi3, qwen2 as candle_qwen2, qwen3 as candle_qwen3,
+};
 use serde_json::{Value, json};
 use tunebook::data::Batch;
 use tunebook::engine::Engine;
@@ -12,7 +15,7 @@ use tunebook::generate::Decoder;
 use tunebook::lora::LoraConfig;
 use tunebook::plan::MemoryPlan;
 
-use crate::oracle::{RandomModel, adapter, dataset, llama, mistral};
+use crate::oracle::{RandomModel, adapter, dataset, gemma, gemma2, llama, mistral, phi3, qwen2, qwen3};
 
 fn builder(model: &RandomModel) -> VarBuilder<'static> {
     let path = model.dir.path().join("model.safetensors");
@@ -128,6 +131,36 @@ fn llama_tied_separate_and_with_scaled_frequencies() {
 }
 
 /// Feeds the text in pieces; the logits after each piece must be those of the whole text at that position.
+/// One family: a random model of the configuration with `changes`, and candle's of the same file.
+macro_rules! family {
+    ($config:expr, $changes:tt, $of:ident :: $model:ident ( $($first:expr),* )) => {{
+        let mut config = $config;
+        let changes = json!($changes);
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let model = RandomModel::new(&config, 14);
+        let config: $of::Config = serde_json::from_value(config).unwrap();
+        let mut theirs = $of::$model::new($($first,)* &config, builder(&model)).unwrap();
+        compare(stringify!($of), &model, |input| {
+            theirs.clear_kv_cache();
+            theirs.forward(input, 0).unwrap()
+        });
+    }};
+}
+
+/// Without windows, which candle-transformers counts otherwise, or leaves out; and Gemma 2 scaled by its head's size, as there.
+#[test]
+fn every_other_family() {
+    family!(qwen2(3), { "use_sliding_window": false, "sliding_window": 512 }, candle_qwen2::ModelForCausalLM());
+    family!(
+        qwen3(3),
+        { "attention_bias": false, "use_sliding_window": false, "sliding_window": null, "max_window_layers": 3 },
+        candle_qwen3::ModelForCausalLM()
+    );
+    family!(phi3(3), { "sliding_window": null }, candle_phi3::Model());
+    family!(gemma(3), { "attention_bias": false }, candle_gemma::Model(false));
+    family!(gemma2(3), { "attention_bias": false, "sliding_window": null, "query_pre_attn_scalar": 20 }, candle_gemma2::Model(false));
+}
+
 fn decode(engine: &mut Engine, tokens: &[u32], full: &[Vec<f32>], pieces: &[usize]) -> f32 {
     engine.reset();
     let (mut at, mut worst) = (0, 0f32);
