@@ -80,11 +80,8 @@ pub trait Backend: Ops + Send {
     /// The lengths of the rows of a module's base weight, `[out]`: DoRA's magnitudes before training.
     ///
     /// # Errors
-    /// A device that does not compute DoRA.
-    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
-        let _ = linear;
-        Err(Error::new("DoRA is computed on the CPU only").next("plan with .cpu(), or merge the adapter: lora::merge"))
-    }
+    /// What the device reports.
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>>;
 
     /// Fills regions and scratch with NaN (all bits set): what is read after the end of its life shows.
     ///

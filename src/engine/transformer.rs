@@ -334,9 +334,10 @@ impl<'a> Pass<'a> {
 
     /// The adapted modules of layer `l` that read the same input as the one in place `m`, each with the column of that input where its
     /// low-rank product lies: on a GPU, where the base product takes it along. Not attention's output, which its kernels write and
-    /// read as heads, and not widths that are no whole vectors.
+    /// read as heads, not widths that are no whole vectors, and not where DoRA scales the product after it.
     fn adapters(&self, l: usize, m: usize) -> Vec<(usize, Beside)> {
-        if self.cfg.device != DeviceKind::Cuda || m == O {
+        let dora = self.cfg.lora.as_ref().is_some_and(|l| l.use_dora);
+        if self.cfg.device != DeviceKind::Cuda || m == O || dora {
             return Vec::new();
         }
         let mut out: Vec<(usize, Beside)> = Vec::new();

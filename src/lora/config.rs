@@ -187,6 +187,8 @@ pub struct LoraConfig {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub layers_pattern: Vec<String>,
     /// DoRA (arXiv 2402.09353): the rows of `W + scaling * B A` keep their direction and get a learnt length.
+    /// The lengths follow from the whole weight, so each pass computes them anew: training is slower than with plain LoRA, and
+    /// decoding, which has kernels for one token otherwise, much slower; merge the adapter to generate.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub use_dora: bool,
 }

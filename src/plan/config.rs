@@ -208,10 +208,6 @@ impl PlanConfig {
                     .found(found)
                     .next(next))
             };
-            if lora.use_dora && self.device == DeviceKind::Cuda {
-                let next = "plan with .cpu(); an adapter that exists can be merged (lora::merge) and the model be used";
-                return dora("DoRA on the CPU", "a GPU, whose kernels do not compute it".into(), next);
-            }
             if lora.use_dora && lora.lora_dropout > 0.0 {
                 // PEFT multiplies the dropped input by the whole weight: a second product of the base's size.
                 let next = "set lora_dropout to 0, or train plain LoRA";

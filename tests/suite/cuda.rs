@@ -54,7 +54,11 @@ fn steps(model: &RandomModel, plan: PlanBuilder, lora: Option<&LoraConfig>) -> T
     engine.fill_dead_regions(true);
     engine.load(&model.base).unwrap();
     if let Some(lora) = lora {
-        engine.load_adapter(&adapter(spec, lora, 23)).unwrap();
+        let mut pairs = adapter(spec, lora, 23);
+        for pair in pairs.tensors.values_mut().filter(|_| lora.use_dora) {
+            pair.magnitude = Some((0..pair.b.len() / pair.r).map(|i| 1.2 + (i % 7) as f32 / 10.0).collect());
+        }
+        engine.load_adapter(&pairs).unwrap();
     }
     let mut out = Trace::new();
     for step in 0..3u32 {
@@ -102,6 +106,7 @@ fn same(what: &str, a: &Trace, b: &Trace) {
 /// Every method with the options that change its arithmetic.
 fn plans(spec: &ModelSpec) -> Vec<(&'static str, PlanBuilder, Option<LoraConfig>)> {
     let lora = LoraConfig { r: 8, lora_dropout: 0.1, ..LoraConfig::default() };
+    let dora = LoraConfig { use_dora: true, lora_dropout: 0.0, ..lora.clone() };
     vec![
         ("qlora", MemoryPlan::qlora(spec).adapter(lora.clone()).optim(Optim::AdamW8bit), Some(lora.clone())),
         (
@@ -110,6 +115,8 @@ fn plans(spec: &ModelSpec) -> Vec<(&'static str, PlanBuilder, Option<LoraConfig>
             Some(lora.clone()),
         ),
         ("lora", MemoryPlan::lora(spec).adapter(lora.clone()).optim(Optim::AdamW), Some(lora)),
+        ("dora", MemoryPlan::qlora(spec).adapter(dora.clone()).optim(Optim::AdamW), Some(dora.clone())),
+        ("dora on a dense base", MemoryPlan::lora(spec).adapter(dora.clone()).optim(Optim::AdamW), Some(dora)),
         ("full", MemoryPlan::full(spec).optim(Optim::PagedAdamW32bit), None),
         ("full, 8-bit", MemoryPlan::full(spec).optim(Optim::AdamW8bit), None),
     ]
@@ -180,6 +187,41 @@ fn steps_agree_with_the_cpu() {
                     assert!(distance(bf16, expected) < 0.2, "{name}: {what} in bf16: {:e}", distance(bf16, expected));
                 }
             }
+        }
+    }
+}
+
+/// DoRA starts from the lengths of the base's rows: with it the model is the base.
+#[test]
+fn dora_starts_as_the_base() {
+    let Some(_gpu) = gpu() else { return };
+    let model = model(64);
+    let ds = dataset(model.spec(), &[130, 7], 22);
+    let dora = LoraConfig { r: 8, use_dora: true, ..LoraConfig::default() };
+    for plan in [MemoryPlan::qlora(model.spec()), MemoryPlan::lora(model.spec())] {
+        let plan = plan.adapter(dora.clone()).batch(2).seq(130);
+        let started = |plan: PlanBuilder| {
+            let mut engine = Engine::new(&plan.build().unwrap()).unwrap();
+            engine.load(&model.base).unwrap();
+            engine.init_adapter(3).unwrap();
+            engine
+        };
+        let magnitudes = |engine: &Engine| -> Vec<f64> {
+            let pairs = engine.adapter_pairs().unwrap();
+            pairs.into_iter().flat_map(|(_, pair)| pair.magnitude.unwrap()).map(f64::from).collect()
+        };
+        let cpu = started(plan.clone().cpu());
+        for (dtype, most) in [(DType::F32, 1e-5), (DType::BF16, 1e-2)] {
+            let mut engine = started(plan.clone().compute_dtype(dtype));
+            let (ours, theirs) = (magnitudes(&engine), magnitudes(&cpu));
+            let worst = ours.iter().zip(&theirs).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
+            assert!(worst < most, "{dtype:?}: {worst:e}");
+            let batch = || Batch::new(&ds, &[0, 1]);
+            let with = engine.logits(batch()).unwrap();
+            engine.enable_adapter(false);
+            let without = engine.logits(batch()).unwrap();
+            let apart = distance(bytemuck::cast_slice(&with), bytemuck::cast_slice(&without));
+            assert!(apart < 2.0 * most, "{dtype:?}: {apart:e}");
         }
     }
 }

@@ -151,7 +151,8 @@ impl CpuOps {
         }
     }
 
-    /// One over the length of each row of `W + scaling * B A`, in the first `out` elements of `space`.
+    /// One over the length of each row of `W + scaling * B A`, in the first `out` elements of `space`; 0 for a row of zeros, which has
+    /// no direction.
     fn inverse_lengths<'a>(&self, linear: &LinearIds, lora: &Lora, w: &[f32], space: &'a mut [f32]) -> &'a mut [f32] {
         let (n, k, r) = (linear.out_features, linear.in_features, lora.r);
         // SAFETY: regions of one operation, only read.
@@ -163,7 +164,10 @@ impl CpuOps {
             tile.copy_from_slice(&w[first * k..][..count * k]);
             let b = Matrix::new(&b[first * r..][..count * r], r);
             matmul(tile, b, Matrix::new(a, k), count, k, r, lora.scaling, true);
-            inverse.par_iter_mut().zip(tile.par_chunks(k)).for_each(|(x, row)| *x = 1.0 / dot(row, row).sqrt());
+            inverse.par_iter_mut().zip(tile.par_chunks(k)).for_each(|(x, row)| {
+                let squares = dot(row, row);
+                *x = if squares > 0.0 { 1.0 / squares.sqrt() } else { 0.0 };
+            });
         }
         &mut inverse[..n]
     }

@@ -20,6 +20,7 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
     ("attention_plain", include_str!("../../../kernels/cuda/attention_plain.cu")),
     ("cached_attention", include_str!("../../../kernels/cuda/cached_attention.cu")),
     ("columns", include_str!("../../../kernels/cuda/columns.cu")),
+    ("dora", include_str!("../../../kernels/cuda/dora.cu")),
     ("embedding", include_str!("../../../kernels/cuda/embedding.cu")),
     ("linear", include_str!("../../../kernels/cuda/linear.cu")),
     ("linear_one", include_str!("../../../kernels/cuda/linear_one.cu")),

@@ -88,6 +88,10 @@ impl CudaOps {
         }
         let Some(y) = y else { return Ok(()) };
         self.matmul(y, x, ready.w.t(), (t, n, k), 1.0, if adapted.is_some() { 1.0 } else { 0.0 })?;
+        if let Some((lora, magnitude)) = self.dora(&m) {
+            let inverse = self.inverse_lengths(&m, &lora, &ready, base, space)?;
+            self.scale(&m, magnitude, inverse, y.ptr, y.ptr)?;
+        }
         self.add_bias(&m, y.ptr)
     }
 
@@ -116,7 +120,13 @@ impl CudaOps {
         let base = self.at(scratch);
         let dy = Matrix::new(self.ptr(op.dy), e, n);
         let lora = m.lora.filter(|_| op.x.is_some() && op.xa.is_some());
-        let ready = self.weights(&m, base, space, op.dx.is_some(), lora.is_some())?;
+        let dora = self.dora(&m);
+        let ready =
+            self.weights(&m, base, space, op.dx.is_some() || dora.is_some(), lora.is_some() || dora.is_some())?;
+        let dy = match dora {
+            Some(dora) => self.dora_grad(op, dora, &ready, base, space)?,
+            None => dy,
+        };
         if let (Some(grad), Some(x)) = (m.grad, op.x) {
             let x = Matrix::new(self.ptr(x), e, self.width(x));
             let grad = Matrix::new(self.ptr(grad), self.region(grad).dtype, k);
@@ -177,7 +187,13 @@ impl CudaOps {
             Weight::Dense { .. } => true,
             Weight::Nf4 { config, .. } => config.blocksize >= 32,
         };
-        self.tokens == 1 && !self.state.training && whole && m.in_features.is_multiple_of(32) && shared <= ONE_SHARED
+        // DoRA's lengths need the whole weight.
+        self.dora(m).is_none()
+            && self.tokens == 1
+            && !self.state.training
+            && whole
+            && m.in_features.is_multiple_of(32)
+            && shared <= ONE_SHARED
     }
 
     /// `xa = A x` for one token.
@@ -245,11 +261,11 @@ impl CudaOps {
 }
 
 /// A module's matrices as the products take them.
-struct Ready {
+pub(super) struct Ready {
     /// `[out, in]`.
-    w: Matrix,
+    pub w: Matrix,
     /// `[R, in]`.
-    a: Matrix,
+    pub a: Matrix,
     /// `[out, R]`.
-    b: Matrix,
+    pub b: Matrix,
 }

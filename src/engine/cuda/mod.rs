@@ -10,6 +10,7 @@ mod bench;
 mod columns;
 mod compile;
 mod detect;
+mod dora;
 mod dropout;
 mod embedding;
 mod gpu;
@@ -232,6 +233,12 @@ impl Backend for CudaOps {
     fn load(&mut self, slot: &WeightSlot, source: &mut WeightSource<'_>) -> Result<()> {
         self.gpu.bind()?;
         self.load_weight(slot, source)
+    }
+
+    fn row_lengths(&mut self, linear: &LinearIds) -> Result<Vec<f32>> {
+        self.gpu.bind()?;
+        self.gpu.wait()?;
+        self.lengths(linear)
     }
 
     fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {

@@ -32,6 +32,13 @@ pub(crate) struct LinearScratch {
     pub dxa: u64,
     /// `[T, in]`: the input with dropout applied, or the gradient before it.
     pub dropped: u64,
+    /// DoRA: `scaling * B A`, `[out, in]`.
+    pub low: u64,
+    /// DoRA: f32 `[out]`.
+    pub inverse: u64,
+    /// DoRA, backward: the gradient of what the magnitudes multiply, and that itself; `[T, out]`.
+    pub g: u64,
+    pub z: u64,
     /// All bytes.
     pub total: usize,
 }
@@ -51,6 +58,8 @@ impl LinearScratch {
         let (n, k) = (linear.out_features, linear.in_features);
         let four_bit = matches!(linear.weight, Weight::Nf4 { .. });
         let r = linear.lora.map_or(0, |l| l.r);
+        let dora = linear.lora.is_some_and(|l| l.magnitude.is_some());
+        let product = product || (dora && backward);
         let row = beside.map_or(k, |b| b.row());
         let weight = carve.take(if product && four_bit { n * row * elem } else { 0 });
         let cast = if elem == 2 { 2 } else { 0 };
@@ -59,7 +68,11 @@ impl LinearScratch {
         let dxa = carve.take(if backward { rows * r * elem } else { 0 });
         let drops = linear.lora.is_some_and(|l| l.dropout > 0.0);
         let dropped = carve.take(if drops { rows * k * elem } else { 0 });
-        LinearScratch { weight, row, a, b, dxa, dropped, total: carve.0 }
+        let low = carve.take(if dora && product { n * k * elem } else { 0 });
+        let inverse = carve.take(if dora && product { n * 4 } else { 0 });
+        let g = carve.take(if dora && backward { rows * n * elem } else { 0 });
+        let z = carve.take(if dora && backward { rows * n * elem } else { 0 });
+        LinearScratch { weight, row, a, b, dxa, dropped, low, inverse, g, z, total: carve.0 }
     }
 }
 

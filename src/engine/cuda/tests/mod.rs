@@ -8,6 +8,7 @@ mod add_rmsnorm;
 mod attention;
 mod card;
 mod columns;
+mod dora;
 mod embedding;
 mod linear;
 mod lm_head;
