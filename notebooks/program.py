@@ -7,7 +7,7 @@
     notebooks/program.py fill notebooks/10_*.ipynb LOG    # puts what the program printed back into the notebook
 
 The program of `write` is run in notebooks/, e.g. `(cd notebooks && cargo run --example lesson_10 >10.log)`.
-`run` needs the library as `cargo build` leaves it in CARGO_TARGET_DIR (or target). Notebooks whose metadata say `needs_gpu` are only
+`run` compiles the library first, as `cargo build` does. Notebooks whose metadata say `needs_gpu` are only
 compiled where there is none.
 
 The program runs the cells in order, as the kernel would: the last expression of a cell shows itself, `?` ends it. It
@@ -204,15 +204,23 @@ def compiled(paths, directory):
     version = subprocess.run(["rustc", "-vV"], capture_output=True, text=True, check=True).stdout
     host = re.search("host: (.*)", version)[1]
     target = Path(os.environ.get("CARGO_TARGET_DIR", EXAMPLES.parent / "target")) / host / "debug"
-    newest = max((target / "deps").glob("libtunebook-*.rlib"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        sys.exit(f"no library in {target}: run cargo build")
+    library = the_library()
     # The host's are the procedural macros.
     paths_to = [f"-Ldependency={d / 'deps'}" for d in (target, target.parents[1] / "debug")]
-    command = ["rustc", "--edition=2024", "-Cprefer-dynamic", *paths_to, f"--extern=tunebook={newest}"]
+    command = ["rustc", "--edition=2024", "-Cprefer-dynamic", *paths_to, f"--extern=tunebook={library}"]
     if subprocess.run([*command, str(main), "-o", str(directory / "notebooks")]).returncode:
         sys.exit("the notebooks do not compile")
     return directory / "notebooks"
+
+
+def the_library():
+    """The compiled library; cargo says which of those in the target directory it is, and compiles it if need be."""
+    command = ["cargo", "build", "--quiet", "--message-format=json"]
+    built = subprocess.run(command, cwd=EXAMPLES.parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+    artifacts = [json.loads(line) for line in built.splitlines()]
+    files = [f for a in artifacts if a.get("target", {}).get("name") == "tunebook" and "lib" in a["target"]["kind"]
+             for f in a["filenames"]]
+    return next(Path(f).with_suffix(".rlib") for f in files if Path(f).parent.name == "deps")
 
 
 def run(paths, save):
