@@ -85,6 +85,8 @@ impl Survey {
 ///
 /// A model that is stored in 4 bits has nothing to be compared with; give the original.
 ///
+/// `notebooks/03_inspect_a_model.ipynb` explains it.
+///
 /// # Errors
 /// A weight that cannot be read, or is stored in 4 bits.
 pub fn survey(base: &Base, config: Nf4Config) -> Result<Survey> {

@@ -45,6 +45,8 @@ impl Example {
 ///
 /// Of a [packed](Dataset::packed) data set, an example is a sequence of whole examples, whose lengths are in
 /// [`segments`](Dataset::segments).
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone)]
 pub struct Dataset {
     examples: Arc<Vec<Example>>,

@@ -40,6 +40,8 @@ impl fmt::Debug for Detected {
 /// data (Alpaca's and Dolly's columns, `prompt`/`completion`, `question`/`answer`), or one column `text`. Looked for in this
 /// order.
 ///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
+///
 /// # Errors
 /// Rows of another form, with their columns; conversations without a chat template.
 pub fn detect(rows: &Rows, tokenizer: &Tokenizer) -> Result<Detected> {

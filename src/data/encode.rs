@@ -34,6 +34,8 @@ pub enum Format {
 }
 
 /// Which tokens have a loss.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainOn {

@@ -14,6 +14,8 @@ use crate::{Error, Result, json};
 const DEFAULT: &str = "default";
 
 /// Text to token ids and back. Cloning shares the tables.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,

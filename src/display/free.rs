@@ -17,6 +17,8 @@ use crate::{Error, Result};
 /// let rows = [512, 1024].map(|seq| [seq.to_string(), format!("{:.1}", seq as f64 / 100.0)]);
 /// println!("{}", table("Memory by length", ["tokens", "GB"], rows).to_text());
 /// ```
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 pub fn table<const N: usize>(title: &str, columns: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Card {
     let rows: Vec<[String; N]> = rows.into_iter().collect();
     let numeric =
@@ -56,6 +58,8 @@ pub struct Chart {
 /// let c = chart("Squares", "x", "x squared").line("x^2", (0..10).map(|x| (x as f64, (x * x) as f64)));
 /// assert!(bundle(&c).html.contains("<svg"));
 /// ```
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 pub fn chart(title: &str, x: &str, y: &str) -> Chart {
     Chart { title: title.to_owned(), axes: (x.to_owned(), y.to_owned()), ..Chart::default() }
 }
@@ -122,6 +126,8 @@ struct Matrix {
 
 /// Shows small matrices or vectors beside each other: blue above zero, orange below, fuller for larger magnitudes. The
 /// name of each is written above it, so that a row reads as an equation.
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 ///
 /// # Errors
 /// A tensor with more than two dimensions.

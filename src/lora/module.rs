@@ -118,6 +118,8 @@ impl CustomOp1 for Nf4MatMul {
 }
 
 /// The frozen part of a [`LoraLinear`].
+///
+/// `notebooks/04_lora_by_hand.ipynb` explains it.
 #[derive(Clone, Debug)]
 pub enum FrozenLinear {
     /// A dense layer; its weight should not be a variable.

@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What a region is for: the rows of the memory table.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
@@ -77,6 +79,8 @@ impl fmt::Display for Stage {
 }
 
 /// The parts of the schedule that reuse one space.
+///
+/// `notebooks/01_the_vram_wall.ipynb` explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {

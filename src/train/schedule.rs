@@ -19,6 +19,8 @@ use super::{LrScheduler, TrainConfig};
 /// let cfg = TrainConfig::default().learning_rate(0.002).lr_scheduler_type(LrScheduler::Linear).warmup_steps(2);
 /// assert_eq!([0, 1, 2, 11, 20].map(|k| lr_at(&cfg, k, 20)), [0.0, 0.001, 0.002, 0.001, 0.0]);
 /// ```
+///
+/// `notebooks/07_train_stop_resume.ipynb` explains it.
 pub fn lr_at(cfg: &TrainConfig, step: u64, total: u64) -> f64 {
     cfg.learning_rate * factor(cfg, step, total)
 }

@@ -63,6 +63,8 @@ impl From<ChatTemplate> for Parts {
 }
 
 /// How a conversation is rendered; the fields are those of transformers' `apply_chat_template`.
+///
+/// `notebooks/06_data_and_templates.ipynb` explains it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ChatOptions {
     /// Whether the text ends with the beginning of the assistant's turn.
