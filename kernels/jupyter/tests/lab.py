@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NOTEBOOK = "00_start_here.ipynb"
-TRAINING = "run.train()?"
+TRAINING = "run.train()?;"
 
 
 def wait(what, condition, seconds):
