@@ -229,6 +229,16 @@ fn mount_or_exit(mounts: &[(&std::ffi::CStr, &Path, &std::ffi::CStr, libc::c_ulo
     }
 }
 
+/// Runs a child that mounts what it needs, if it may.
+fn run_with_mounts(test: &str, dir: &Path) {
+    let (status, text) = crate::kill_resume::run_child(test, dir, &[]);
+    if status.code() == Some(9) {
+        eprintln!("skipped: this process may not mount a disk");
+        return;
+    }
+    assert!(status.success(), "{text}");
+}
+
 /// A disk of one megabyte that is filled up, and freed.
 #[test]
 #[ignore = "a child of a_full_disk_is_named"]
@@ -254,12 +264,7 @@ fn child_fills_the_disk() {
 fn a_full_disk_is_named() {
     let tmp = TempDir::new().unwrap();
     fs::create_dir(tmp.path().join("disk")).unwrap();
-    let (status, text) = crate::kill_resume::run_child("faults::child_fills_the_disk", tmp.path(), &[]);
-    if status.code() == Some(9) {
-        eprintln!("skipped: this process may not mount a disk");
-        return;
-    }
-    assert!(status.success(), "{text}");
+    run_with_mounts("faults::child_fills_the_disk", tmp.path());
 }
 
 /// A directory on a file system that is mounted read-only.
@@ -289,10 +294,5 @@ fn a_read_only_disk_is_named() {
     let tmp = TempDir::new().unwrap();
     fs::create_dir(tmp.path().join("disk")).unwrap();
     run_with_one_checkpoint(&tmp.path().join("disk"));
-    let (status, text) = crate::kill_resume::run_child("faults::child_reads_only", tmp.path(), &[]);
-    if status.code() == Some(9) {
-        eprintln!("skipped: this process may not mount a disk");
-        return;
-    }
-    assert!(status.success(), "{text}");
+    run_with_mounts("faults::child_reads_only", tmp.path());
 }

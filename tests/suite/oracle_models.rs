@@ -130,7 +130,6 @@ fn llama_tied_separate_and_with_scaled_frequencies() {
     }
 }
 
-/// Feeds the text in pieces; the logits after each piece must be those of the whole text at that position.
 /// One family: a random model of the configuration with `changes`, and candle's of the same file.
 macro_rules! family {
     ($config:expr, $changes:tt, $of:ident :: $model:ident ( $($first:expr),* )) => {{
@@ -161,6 +160,7 @@ fn every_other_family() {
     family!(gemma2(3), { "attention_bias": false, "sliding_window": null, "query_pre_attn_scalar": 20 }, candle_gemma2::Model(false));
 }
 
+/// Feeds the text in pieces; the logits after each piece must be those of the whole text at that position.
 fn decode(engine: &mut Engine, tokens: &[u32], full: &[Vec<f32>], pieces: &[usize]) -> f32 {
     engine.reset();
     let (mut at, mut worst) = (0, 0f32);

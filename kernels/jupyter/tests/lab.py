@@ -69,8 +69,8 @@ class Lab:
         wait("JupyterLab's start", answers, 60)
         options = webdriver.ChromeOptions()
         for argument in ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1500",
-                         "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                         f"--user-data-dir={work / 'chrome'}"]:
+                         "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                         "--disable-component-update", "--disable-sync", f"--user-data-dir={work / 'chrome'}"]:
             options.add_argument(argument)
         options.binary_location = shutil.which("chromium") or shutil.which("chromium-browser")
         service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
