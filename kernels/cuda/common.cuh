@@ -117,6 +117,24 @@ __device__ __forceinline__ float block_max(float x, float* shared) {
     return warp_max(lane < warps ? shared[lane] : __int_as_float(0xff800000));
 }
 
+// Sums over rows, column by column, in an order that depends on `rows` alone. Called by all threads of blocks of COLUMN_BLOCK, grid
+// ceil(width / WARP): lane l of warp w adds f(t, column l of the block) for t = w, w + 32, ..; warp w gets the sum of its column w.
+#define COLUMN_WARPS 32
+#define COLUMN_BLOCK (WARP * COLUMN_WARPS)
+template <typename F>
+__device__ __forceinline__ float column_sum(u32 rows, u32 width, F f) {
+    // One column more, so that the lanes of a warp meet different banks both ways.
+    __shared__ float part[COLUMN_WARPS][WARP + 1];
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (column < width) {
+        for (u32 t = warp; t < rows; t += COLUMN_WARPS) sum += f(t, column);
+    }
+    part[warp][lane] = sum;
+    __syncthreads();
+    return warp_sum(part[lane][warp]);
+}
+
 // Philox4x32-10 (Salmon et al. 2011), as src/engine/dropout.rs.
 __device__ __forceinline__ Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u64 key) {
     u32 k0 = (u32)key, k1 = (u32)(key >> 32);

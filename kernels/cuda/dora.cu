@@ -45,25 +45,13 @@ scale(const elem* x, elem* y, const float* __restrict__ m, const float* __restri
     }
 }
 
-#define ROW_WARPS 32
-
-extern "C" __global__ void __launch_bounds__(WARP * ROW_WARPS)
+extern "C" __global__ void __launch_bounds__(COLUMN_BLOCK)
 magnitude_grad(const elem* __restrict__ dy, const elem* __restrict__ z, const float* __restrict__ inverse,
                float* __restrict__ grad, u32 rows, u32 width) {
-    // One column more, so that the lanes of a warp meet different banks both ways.
-    __shared__ float part[ROW_WARPS][WARP + 1];
-    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 column = blockIdx.x * WARP + lane;
-    float sum = 0.0f;
-    if (column < width) {
-        for (u32 t = warp; t < rows; t += ROW_WARPS) {
-            sum += load(dy + (u64)t * width + column) * load(z + (u64)t * width + column);
-        }
-    }
-    part[warp][lane] = sum;
-    __syncthreads();
-    // Warp w adds the parts of column w.
-    sum = warp_sum(part[lane][warp]);
-    column = blockIdx.x * WARP + warp;
-    if (lane == 0 && column < width) grad[column] += inverse[column] * sum;
+    float sum = column_sum(rows, width, [=](u32 t, u32 c) {
+        u64 i = (u64)t * width + c;
+        return load(dy + i) * load(z + i);
+    });
+    u32 column = blockIdx.x * WARP + threadIdx.x / WARP;
+    if (threadIdx.x % WARP == 0 && column < width) grad[column] += inverse[column] * sum;
 }

@@ -92,24 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_bias(elem* y, const el
     }
 }
 
-#define ROW_WARPS 32
-
-extern "C" __global__ void __launch_bounds__(WARP * ROW_WARPS)
+extern "C" __global__ void __launch_bounds__(COLUMN_BLOCK)
 bias_grad(const elem* __restrict__ dy, void* __restrict__ grad, u32 rows, u32 width, u32 grad_bf16) {
-    // One column more, so that the lanes of a warp meet different banks both ways.
-    __shared__ float part[ROW_WARPS][WARP + 1];
-    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 column = blockIdx.x * WARP + lane;
-    float sum = 0.0f;
-    if (column < width) {
-        for (u32 t = warp; t < rows; t += ROW_WARPS) sum += load(dy + (u64)t * width + column);
-    }
-    part[warp][lane] = sum;
-    __syncthreads();
-    // Warp w adds the parts of column w.
-    sum = warp_sum(part[lane][warp]);
-    column = blockIdx.x * WARP + warp;
-    if (lane != 0 || column >= width) return;
+    float sum = column_sum(rows, width, [=](u32 t, u32 c) { return load(dy + (u64)t * width + c); });
+    u32 column = blockIdx.x * WARP + threadIdx.x / WARP;
+    if (threadIdx.x % WARP != 0 || column >= width) return;
     if (grad_bf16) {
         u16* g = (u16*)grad + column;
         *g = f32_to_bf16(bf16_to_f32(*g) + sum);

@@ -11,14 +11,14 @@ pub struct SideBySide {
 
 /// Shows plans beside each other; the first is what the others are compared with.
 ///
+/// `notebooks/09_trade_offs.ipynb` explains it.
+///
 /// ```
 /// use tunebook::model::ModelSpec;
 /// use tunebook::plan::{MemoryPlan, side_by_side};
 /// let spec = ModelSpec::preset("mistral-7b-v0.1")?;
 /// let plan = |seq| MemoryPlan::qlora(&spec).seq(seq).build();
 /// println!("{}", side_by_side([("512 tokens", plan(512)?), ("2,048 tokens", plan(2048)?)]));
-/// `notebooks/09_trade_offs.ipynb` explains it.
-///
 /// # Ok::<(), tunebook::Error>(())
 /// ```
 pub fn side_by_side<N: Into<String>>(plans: impl IntoIterator<Item = (N, MemoryPlan)>) -> SideBySide {

@@ -1,6 +1,7 @@
 //! DoRA (arXiv 2402.09353): what it does to a linear module beside LoRA. Its twin is in `cpu/linear.rs`.
 
 use candle_core::DType;
+use half::bf16;
 
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
@@ -103,8 +104,7 @@ impl CudaOps {
                 let bytes = self.read(w)?;
                 match self.region(w).dtype {
                     DType::BF16 => {
-                        let one = |b: &[u8; 2]| half::bf16::from_le_bytes(*b).to_f32();
-                        bytes.as_chunks().0.iter().map(one).collect()
+                        bytemuck::pod_collect_to_vec::<u8, bf16>(&bytes).into_iter().map(bf16::to_f32).collect()
                     }
                     _ => floats(&bytes),
                 }
@@ -127,7 +127,7 @@ impl CudaOps {
                 let mut out = vec![0f32; n * k];
                 dequantize_into(&packed, scales, config.quant_type, config.blocksize, &mut out);
                 if self.is_bf16() {
-                    out.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+                    out.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
                 }
                 out
             }
