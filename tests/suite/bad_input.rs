@@ -12,7 +12,7 @@ use tunebook::data::{ChatOptions, ChatTemplate, DataConfig, RowFile, Rows, Token
 use tunebook::lora::Adapter;
 use tunebook::model::{Base, Checkpoint, ModelSpec};
 
-use crate::support::{golden, shared};
+use crate::support::golden;
 use crate::tiny_tokenizer::{tiny_tokenizer, tokenizer_json};
 
 type Edit = Box<dyn Fn(&[u8]) -> Vec<u8>>;
@@ -507,7 +507,7 @@ fn files_of_rows() {
 #[cfg(feature = "polars")]
 #[test]
 fn parquet_files() {
-    let Some(from) = shared("real/data") else { return };
+    let Some(from) = crate::support::shared("real/data") else { return };
     let name = "dolly_100_zstd.parquet";
     let open = |dir: &Path| open_rows(dir, name);
     let rows = vec![
