@@ -66,6 +66,7 @@ __device__ __forceinline__ void add_norm_row(const elem* x, const elem* delta, e
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_rmsnorm(const elem* residual, const elem* delta, elem* sum, const elem* weight, elem* out, float* rstd, u32 width,
             float eps, float offset, u32 row) {
+    after_previous();
     __shared__ float shared[WARP];
     u64 start = (u64)blockIdx.x * width;
     if (delta != nullptr) {
@@ -81,6 +82,7 @@ add_rmsnorm(const elem* residual, const elem* delta, elem* sum, const elem* weig
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rescale(const elem* x, const float* rstd, const elem* weight, elem* out, u32 width, float offset, u32 row) {
+    after_previous();
     u64 start = (u64)blockIdx.x * width;
     out += (u64)blockIdx.x * row;
     if (width % VEC == 0) scale_row<VEC>(out, x + start, weight, offset, rstd[blockIdx.x], width);
@@ -117,6 +119,7 @@ __device__ __forceinline__ void norm_grad_row(const elem* dout, const elem* x, f
 extern "C" __global__ void __launch_bounds__(THREADS)
 rmsnorm_backward(const elem* dout, const elem* x, const float* rstd, const elem* weight, elem* dx, u32 width,
                  u32 accumulate, float offset) {
+    after_previous();
     __shared__ float shared[WARP];
     u64 start = (u64)blockIdx.x * width;
     float r = rstd[blockIdx.x];
@@ -130,6 +133,7 @@ rmsnorm_backward(const elem* dout, const elem* x, const float* rstd, const elem*
 extern "C" __global__ void __launch_bounds__(WARP * ROW_WARPS)
 rmsnorm_weight_grad(const elem* __restrict__ dout, const elem* __restrict__ x, const float* __restrict__ rstd,
                     void* __restrict__ grad, u32 rows, u32 width, u32 grad_bf16) {
+    after_previous();
     // One column more, so that the lanes of a warp meet different banks both ways.
     __shared__ float part[ROW_WARPS][WARP + 1];
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

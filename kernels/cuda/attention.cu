@@ -258,6 +258,7 @@ __device__ __forceinline__ void attend(
         const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v, elem* __restrict__ out, \
         float* __restrict__ lse, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 window            \
     ) {                                                                                                             \
+        after_previous();                                                                                           \
         const i64 start = cu_seqlens[blockIdx.z], at = start * heads * D, kv_at = start * kv_heads * D;             \
         const i32 length = (i32)(cu_seqlens[blockIdx.z + 1] - start);                                               \
         attend<D>(q + at, k + kv_at, v + kv_at, out + at, lse + start * heads, length, 0, heads, kv_heads, window); \
@@ -266,6 +267,7 @@ __device__ __forceinline__ void attend(
         const elem* __restrict__ q, const elem* __restrict__ k_cache, const elem* __restrict__ v_cache,             \
         elem* __restrict__ out, u32 tokens, u32 before, u32 heads, u32 kv_heads, u32 window                         \
     ) {                                                                                                             \
+        after_previous();                                                                                           \
         attend<D>(q, k_cache, v_cache, out, nullptr, tokens, before, heads, kv_heads, window);                      \
     }
 

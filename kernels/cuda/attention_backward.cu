@@ -15,6 +15,7 @@
 extern "C" __global__ void __launch_bounds__(256) attention_delta(
     const elem* __restrict__ out, const elem* __restrict__ dout, float* __restrict__ delta, u64 rows, u32 dim
 ) {
+    after_previous();
     const u64 row = (u64)blockIdx.x * 8 + threadIdx.x / WARP;
     const u32 lane = threadIdx.x % WARP;
     if (row >= rows) return;
@@ -413,6 +414,7 @@ __device__ __forceinline__ void backward_queries(
         elem* __restrict__ dk, elem* __restrict__ dv, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads,  \
         u32 window                                                                                                  \
     ) {                                                                                                             \
+        after_previous();                                                                                           \
         backward_keys<D>(q, k, v, dout, lse, delta, dk, dv, cu_seqlens, heads, kv_heads, window);                   \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_backward_queries_##D(                        \
@@ -420,6 +422,7 @@ __device__ __forceinline__ void backward_queries(
         const elem* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,              \
         elem* __restrict__ dq, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 window              \
     ) {                                                                                                             \
+        after_previous();                                                                                           \
         backward_queries<D>(q, k, v, dout, lse, delta, dq, cu_seqlens, heads, kv_heads, window);                    \
     }
 

@@ -72,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain(
     float* __restrict__ lse, const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
     float scale, float cap
 ) {
+    after_previous();
     __shared__ __align__(16) float rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 head = blockIdx.y, kv_head = head / (heads / kv_heads);
@@ -107,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_queries(
     const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
     float scale, float cap
 ) {
+    after_previous();
     __shared__ __align__(16) float q_rows[WARPS][MAX_DIM], dout_rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 head = blockIdx.y, kv_head = head / (heads / kv_heads);
@@ -141,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) attention_plain_keys(
     const u32* __restrict__ cu_seqlens, u32 heads, u32 kv_heads, u32 dim, u32 window,
     float scale, float cap
 ) {
+    after_previous();
     __shared__ __align__(16) float k_rows[WARPS][MAX_DIM], v_rows[WARPS][MAX_DIM];
     const i32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 kv_head = blockIdx.y, group = heads / kv_heads;

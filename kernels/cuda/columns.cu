@@ -9,6 +9,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 copy_columns(const elem* __restrict__ from, elem* __restrict__ to, u32 from_width, u32 from_first, u32 to_width,
              u32 to_first, u32 width) {
+    after_previous();
     from += (u64)blockIdx.x * from_width + from_first;
     to += (u64)blockIdx.x * to_width + to_first;
     if ((from_width | from_first | to_width | to_first | width) % VEC == 0) {

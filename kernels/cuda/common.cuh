@@ -39,6 +39,15 @@ struct __align__(16) Words {
     u32 w[4];
 };
 
+// Every kernel begins with it. From compute capability 9.0 on a kernel is launched while the one before it ends (programmatic
+// dependent launch), and waits here until that one is done and its writes can be seen. What stands before it may only be what no
+// kernel writes.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #ifdef ELEM_F32
 typedef float elem;
 #define VEC 4

@@ -14,6 +14,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 inverse_lengths(const elem* __restrict__ w, u32 row, const elem* __restrict__ p, float* __restrict__ inverse, u32 rows,
                 u32 width) {
+    after_previous();
     u32 lane = threadIdx.x % WARP, o = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
     if (o >= rows) return;
     const elem *from = w + (u64)o * row, *more = p + (u64)o * width;
@@ -28,6 +29,7 @@ inverse_lengths(const elem* __restrict__ w, u32 row, const elem* __restrict__ p,
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 scale(const elem* x, elem* y, const float* __restrict__ m, const float* __restrict__ inverse, u64 n, u32 width) {
+    after_previous();
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         u32 o = (u32)(i % width);
@@ -48,6 +50,7 @@ scale(const elem* x, elem* y, const float* __restrict__ m, const float* __restri
 extern "C" __global__ void __launch_bounds__(COLUMN_BLOCK)
 magnitude_grad(const elem* __restrict__ dy, const elem* __restrict__ z, const float* __restrict__ inverse,
                float* __restrict__ grad, u32 rows, u32 width) {
+    after_previous();
     float sum = column_sum(rows, width, [=](u32 t, u32 c) {
         u64 i = (u64)t * width + c;
         return load(dy + i) * load(z + i);

@@ -14,6 +14,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 embedding(const elem* __restrict__ table, const u32* __restrict__ tokens, elem* __restrict__ out, u32 width,
           float scale) {
+    after_previous();
     const elem* from = table + (u64)tokens[blockIdx.x] * width;
     elem* to = out + (u64)blockIdx.x * width;
     if (scale != 1.0f) {
@@ -30,6 +31,7 @@ embedding(const elem* __restrict__ table, const u32* __restrict__ tokens, elem* 
 extern "C" __global__ void __launch_bounds__(THREADS)
 embedding_backward(const u32* __restrict__ tokens, const elem* __restrict__ dout, void* __restrict__ grad, u32 rows,
                    u32 width, u32 grad_bf16, float scale) {
+    after_previous();
     __shared__ u32 matches[THREADS / WARP];
     u32 first = blockIdx.x, token = tokens[first];
     bool seen = false;

@@ -30,6 +30,7 @@ __device__ __forceinline__ float masked(float x, float m) { return m == 0.0f ? 0
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 cast_to_elem(const float* x0, elem* y0, u32 n0, const float* x1, elem* y1, u32 n1) {
+    after_previous();
     cast_elements(x0, y0, n0);
     cast_elements(x1, y1, n1);
 }
@@ -37,6 +38,7 @@ cast_to_elem(const float* x0, elem* y0, u32 n0, const float* x1, elem* y1, u32 n
 extern "C" __global__ void __launch_bounds__(THREADS)
 dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module, u32 width,
         u32 row) {
+    after_previous();
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         float m[VEC], v[VEC];
@@ -57,6 +59,7 @@ dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 dropout_add(elem* y, const elem* x, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module) {
+    after_previous();
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         float m[VEC], v[VEC], sum[VEC];
@@ -77,6 +80,7 @@ dropout_add(elem* y, const elem* x, u64 n, u32 threshold, float keep, u64 seed, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_bias(elem* y, const elem* b, u64 n, u32 width) {
+    after_previous();
     u64 step = (u64)gridDim.x * THREADS * VEC;
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * VEC; i < n; i += step) {
         if (width % VEC == 0) {
@@ -94,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_bias(elem* y, const el
 
 extern "C" __global__ void __launch_bounds__(COLUMN_BLOCK)
 bias_grad(const elem* __restrict__ dy, void* __restrict__ grad, u32 rows, u32 width, u32 grad_bf16) {
+    after_previous();
     float sum = column_sum(rows, width, [=](u32 t, u32 c) { return load(dy + (u64)t * width + c); });
     u32 column = blockIdx.x * WARP + threadIdx.x / WARP;
     if (threadIdx.x % WARP != 0 || column >= width) return;

@@ -25,11 +25,13 @@ __device__ __forceinline__ void copy_row(elem* to, const elem* from, u32 width) 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_rows(const elem* x, const u32* index, elem* out, u32 width) {
+    after_previous();
     copy_row(out + (u64)blockIdx.x * width, x + (u64)index[blockIdx.x] * width, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 scatter_rows(const elem* x, const u32* index, elem* out, u32 width) {
+    after_previous();
     copy_row(out + (u64)index[blockIdx.x] * width, x + (u64)blockIdx.x * width, width);
 }
 
@@ -55,6 +57,7 @@ __device__ __forceinline__ void take(float& top, float& sum, float x) {
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS)
 token_loss(const float* logits, const i32* labels, const u32* index, double* losses, elem* dlogits, u32 vocab,
            float factor, float cap) {
+    after_previous();
     __shared__ float shared[WARP];
     u64 start = (u64)blockIdx.x * vocab;
     const float* x = logits + start;
@@ -107,6 +110,7 @@ token_loss(const float* logits, const i32* labels, const u32* index, double* los
 }
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_losses(const double* losses, double* loss, u32 n) {
+    after_previous();
     __shared__ double shared[WARP];
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < n; i += SUM_THREADS) sum += losses[i];

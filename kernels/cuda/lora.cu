@@ -12,6 +12,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 lora_stack(const float* a0, const float* a1, const float* a2, u32 first0, u32 first1, u32 first2, u32 r0, u32 r1, u32 r2,
            elem* out, u32 rows, u32 k) {
+    after_previous();
     u32 pieces = k / 8;
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < rows * pieces; i += gridDim.x * THREADS) {
         u32 row = i / pieces, c = i % pieces * 8;
@@ -32,5 +33,6 @@ lora_stack(const float* a0, const float* a1, const float* a2, u32 first0, u32 fi
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 lora_columns(const float* b, elem* out, u32 n, u32 r, u32 from, u32 first, u32 row, float scale) {
+    after_previous();
     beside(b, out, n, r, from, first, row, scale);
 }

@@ -186,6 +186,7 @@ __device__ __forceinline__ void quantize(const T* src, u64 n, u32 blocksize, u32
 #define QUANTIZE(NAME, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(256) NAME(const T* src, u64 n, u32 blocksize, u32 quant_type, \
                                                            u8* packed, float* absmax) {                        \
+        after_previous();                                                                                      \
         quantize(src, n, blocksize, quant_type, packed, absmax);                                               \
     }
 QUANTIZE(nf4_quantize_f32, float)
@@ -245,6 +246,7 @@ __device__ double sum_in_order(const float* absmax, u32 n) {
 // offset[0] = mean of absmax [n]. All numbers are multiples of their smallest unit; while the sum stays below 2^53 units
 // every sum is exact in f64, and then the order does not matter. So it nearly always is: otherwise it is kept.
 extern "C" __global__ void __launch_bounds__(256) nf4_absmax_mean(const float* absmax, u32 n, float* offset) {
+    after_previous();
     __shared__ double shared[32];
     __shared__ int units[32];
     __shared__ bool last;
@@ -282,6 +284,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_mean(const float* a
 // `codes` may not overlap `absmax`.
 extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* absmax, const float* offset, u32 n,
                                                                   u32 nested_blocksize, u8* codes, float* scales) {
+    after_previous();
     __shared__ float thresholds[256];
     __shared__ float shared[32];
     thresholds[threadIdx.x] = dynamic_threshold(threadIdx.x, dynamic_value(threadIdx.x, true),
@@ -386,6 +389,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const u8* packe
                                                                  u32 block_shift, u32 quant_type, elem* out, u32 k,
                                                                  u32 row, const float* b, u32 r, u32 first,
                                                                  float scaling) {
+    after_previous();
     Plain scale = {absmax};
     dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
     if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);
@@ -398,6 +402,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(const u8
                                                                         u32 quant_type, elem* out, u32 k, u32 row,
                                                                         const float* b, u32 r, u32 first,
                                                                         float scaling) {
+    after_previous();
     Nested scale = {codes, scales, offset, nested_shift};
     dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
     if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);

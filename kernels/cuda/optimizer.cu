@@ -100,6 +100,7 @@ __device__ __forceinline__ u32 find(const u32* first, u32 count, u32 unit) {
 
 // Bytes to zero; addresses are aligned to 16, units are of 16 KiB.
 extern "C" __global__ void __launch_bounds__(256) zero(const __grid_constant__ Arrays arrays) {
+    after_previous();
     const u32 unit_bytes = 1 << 14;
     for (u32 unit = blockIdx.x; unit < arrays.units; unit += gridDim.x) {
         u32 i = find(arrays.first, arrays.count, unit);
@@ -141,10 +142,12 @@ __device__ __forceinline__ void sum_of_squares(const Arrays& arrays, double* par
 
 extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_f32(const __grid_constant__ Arrays arrays,
                                                                       double* partials) {
+    after_previous();
     sum_of_squares<float>(arrays, partials);
 }
 extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_bf16(const __grid_constant__ Arrays arrays,
                                                                        double* partials) {
+    after_previous();
     sum_of_squares<u16>(arrays, partials);
 }
 
@@ -152,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(1024) sum_of_squares_bf16(const __g
 // torch.nn.utils.clip_grad_norm_.
 extern "C" __global__ void __launch_bounds__(1024) grad_norm_finish(const double* partials, u32 count, double limit,
                                                                     double* norm) {
+    after_previous();
     __shared__ double shared[32];
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < count; i += 1024) sum += partials[i];
@@ -231,6 +235,7 @@ __device__ __forceinline__ void adamw_elements(const Updates& updates, const dou
     extern "C" __global__ void __launch_bounds__(256)                                                           \
         adamw##NAME(const __grid_constant__ Updates updates, const double* norm, float one_minus_beta1,         \
                     float beta2, float one_minus_beta2, float step_size, float root_correction2, float eps) {   \
+        after_previous();                                                                                       \
         Torch rule = {1.0f, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction2, eps};         \
         adamw_elements<P, G, S>(updates, norm, rule);                                                           \
     }                                                                                                           \
@@ -238,6 +243,7 @@ __device__ __forceinline__ void adamw_elements(const Updates& updates, const dou
         adamw_32bit_bnb##NAME(const __grid_constant__ Updates updates, const double* norm, float beta1,         \
                               float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,       \
                               float eps) {                                                                      \
+        after_previous();                                                                                       \
         Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, 1.0f};                      \
         adamw_elements<P, G, S>(updates, norm, rule);                                                           \
     }
@@ -372,6 +378,7 @@ __device__ __forceinline__ void adamw_blocks(const Updates& updates, const doubl
         adamw_8bit##NAME(const __grid_constant__ Updates updates, const double* norm, float beta1,            \
                          float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,          \
                          float eps) {                                                                         \
+        after_previous();                                                                                     \
         Bnb rule = {beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, 1.0f};                    \
         adamw_blocks<P, G>(updates, norm, rule);                                                              \
     }

@@ -11,6 +11,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 rotary(elem* q, elem* k, const u32* positions, const float* inv_freq, u32 q_heads, u32 k_heads, u32 dim, float sign,
        float scale) {
+    after_previous();
     extern __shared__ float table[];
     u32 half = dim / 2;
     float* cosines = table;

@@ -69,20 +69,24 @@ __device__ __forceinline__ void backward_all(elem* gate, elem* up, const elem* d
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 swiglu(const elem* gate, const elem* up, elem* out, u64 n, u32 width, u32 row) {
+    after_previous();
     forward_all<false>(gate, up, out, n, width, row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 geglu(const elem* gate, const elem* up, elem* out, u64 n, u32 width, u32 row) {
+    after_previous();
     forward_all<true>(gate, up, out, n, width, row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 swiglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
+    after_previous();
     backward_all<false>(gate, up, dout, n);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 geglu_backward(elem* gate, elem* up, const elem* dout, u64 n) {
+    after_previous();
     backward_all<true>(gate, up, dout, n);
 }

@@ -5,6 +5,7 @@
 // out bf16 [n], element first + i of the weight; mean 0, standard deviation std, or `constant` when std is 0.
 // grid: ceil(n / 1024), block 256: four elements a thread.
 extern "C" __global__ void random_weights(u16* out, u64 first, u64 n, u64 seed, float std, float constant) {
+    after_previous();
     u64 four = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (four * 4 >= n) return;
     u64 counter = first / 4 + four;
@@ -26,6 +27,7 @@ extern "C" __global__ void random_weights(u16* out, u64 first, u64 n, u64 seed, 
 // A dense weight from its file: `source` is bf16 (0), f16 (1) or f32 (2), [n]; `out` is elem, or f32 when `master`.
 // grid: ceil(n / 256), block 256.
 extern "C" __global__ void convert_weights(void* out, const void* source, u64 n, u32 dtype, u32 master) {
+    after_previous();
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float x = dtype == 2 ? ((const float*)source)[i] : dtype == 1 ? f16_to_f32(((const u16*)source)[i]) : bf16_to_f32(((const u16*)source)[i]);

@@ -181,7 +181,7 @@ impl CudaOps {
             let args = [q, k_cache, v_cache, out, Arg::U32(tokens), before, n, n_kv, window];
             return self.gpu.launch("attention", tiled.cached, how, &args);
         }
-        let how = Launch { grid: [heads.q as u32, tokens, 1], block: 256, shared: 0 };
+        let how = Launch { grid: [heads.q as u32, tokens, 1], block: 512, shared: 0 };
         let args = [q, k_cache, v_cache, out, positions, n, n_kv, dim, window, scale, cap];
         self.gpu.launch("cached_attention", "cached_attention", how, &args)
     }

@@ -173,6 +173,26 @@ mod tests {
         assert!(file.contains(&format!("{{\n{numbers}}}")), "kernels/cuda/dynamic_map.cuh should have\n{numbers}");
     }
 
+    /// A kernel is launched before the one before it is done, and has to wait for it: common.cuh.
+    #[test]
+    fn every_kernel_waits_for_the_one_before_it() {
+        let mut kernels = 0;
+        for (name, source) in super::super::gpu::KERNELS {
+            for kernel in source.split("__global__ void").skip(1) {
+                let signature = kernel.split_once('{').expect("a body").0.trim();
+                // What stands before the call: constants, addresses, requests to the cache.
+                let body = kernel.split_once('{').map_or("", |(_, body)| body);
+                let before = body.split("after_previous();").next().unwrap_or_default();
+                assert!(before.len() < body.len(), "{name}: {signature}");
+                let first = before.trim_matches(|c: char| c.is_whitespace() || c == '\\').is_empty();
+                assert!(first || *name == "linear_one", "{name}: {signature} does something before it waits");
+                assert!(!before.contains("__global__") && !before.contains("\n}"), "{name}: {signature}");
+                kernels += 1;
+            }
+        }
+        assert!(kernels > 50, "{kernels}");
+    }
+
     #[test]
     fn a_kernel_that_does_not_compile_shows_the_log() {
         // SAFETY: looks for a file.

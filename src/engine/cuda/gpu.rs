@@ -36,6 +36,9 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
 /// The first compute capability with bf16 matrix instructions and asynchronous copies.
 const MIN_CAPABILITY: (u32, u32) = (8, 0);
 
+/// The first that launches a kernel while the one before it still runs.
+const EARLY_CAPABILITY: (u32, u32) = (9, 0);
+
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
@@ -317,22 +320,47 @@ impl Gpu {
         args: &[Arg],
     ) -> Result<()> {
         let function = self.function(file, kernel, how.shared, table, args)?;
-        self.launch_function(function, how, table, args)
+        self.launch_function(function, how, table, args, true)
             .map_err(|e| failed(&format!("kernels/cuda/{file}.cu: {kernel} {how:?}"), e))
     }
 
+    /// `early`: the kernel begins with `after_previous()` of common.cuh, and may be launched before the one before it is done.
     pub(super) fn launch_function(
         &self,
         function: sys::CUfunction,
         how: Launch,
         table: &[u8],
         args: &[Arg],
+        early: bool,
     ) -> std::result::Result<(), DriverError> {
         let table = (!table.is_empty()).then(|| table.as_ptr().cast_mut().cast());
         let mut params: Vec<*mut c_void> = table.into_iter().chain(args.iter().map(arg_address)).collect();
         let [x, y, z] = how.grid;
-        // SAFETY: the arguments are those of the kernel's signature, by the launcher beside it; they are copied at once.
-        unsafe { result::launch_kernel(function, (x, y, z), (how.block, 1, 1), how.shared, self.stream, &mut params) }
+        if !early || self.capability < EARLY_CAPABILITY {
+            // SAFETY: the arguments are those of the kernel's signature, by the launcher beside it; they are copied at once.
+            return unsafe {
+                result::launch_kernel(function, (x, y, z), (how.block, 1, 1), how.shared, self.stream, &mut params)
+            };
+        }
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: how.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: how.shared,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: as above; the attribute lives until the call returns.
+        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
     }
 
     /// Allocates device memory, zeroed.

@@ -7,13 +7,10 @@ use candle_core::DType;
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
 use super::matmul::Matrix;
-use super::nf4::{Rows, quant_type_code};
+use super::nf4::Rows;
 use super::scratch::LinearScratch;
 use crate::Result;
 use crate::engine::ops::{Linear, LinearBackward, LinearIds, Lora, Scratch, Weight};
-
-/// Dynamic shared memory that the kernel for one token takes for its input, at most.
-const ONE_SHARED: usize = 40 << 10;
 
 impl CudaOps {
     pub(super) fn linear_forward(&mut self, op: &Linear, scratch: Scratch) -> Result<()> {
@@ -29,8 +26,7 @@ impl CudaOps {
         };
         let (lora, first) = (&beside.lora, beside.first);
         if self.has_one_kernel(&m) {
-            self.linear_one(&m, x.ptr, y.ptr, Some((lora, x.columns(first).ptr)))?;
-            return self.add_bias(&m, y.ptr);
+            return self.linear_one(&m, x.ptr, y.ptr, Some((lora, x.columns(first).ptr)));
         }
         // What the weight has beside it is multiplied with what the input has beside it.
         let together = beside.end();
@@ -72,10 +68,9 @@ impl CudaOps {
         };
         if let (Some(y), true) = (y, self.has_one_kernel(&m)) {
             if let Some((lora, xa)) = adapted {
-                self.low_rank_one(lora, k, x.ptr, xa.ptr)?;
+                self.low_rank_one(k, x.ptr, &[(lora, xa.ptr)])?;
             }
-            self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)))?;
-            return self.add_bias(&m, y.ptr);
+            return self.linear_one(&m, x.ptr, y.ptr, adapted.map(|(lora, xa)| (lora, xa.ptr)));
         }
         let ready = self.weights(&m, base, space, y.is_some(), adapted.is_some())?;
         // The adapter's part first: the large product adds it where it would only write.
@@ -178,62 +173,6 @@ impl CudaOps {
         let Some(dx) = op.dx else { return Ok(()) };
         let dx = Matrix::new(self.ptr(dx), e, k);
         self.through_dropout(lora, (dx, dxa, ready.a), op.accumulate, r, base + space.dropped)
-    }
-
-    /// Whether the batch is one token of a decoded text, for which there are kernels that only read the weights.
-    fn has_one_kernel(&self, m: &LinearIds) -> bool {
-        let shared = m.in_features * self.dtype.size_in_bytes();
-        let whole = match m.weight {
-            Weight::Dense { .. } => true,
-            Weight::Nf4 { config, .. } => config.blocksize >= 32,
-        };
-        // DoRA's lengths need the whole weight.
-        self.dora(m).is_none()
-            && self.tokens == 1
-            && !self.state.training
-            && whole
-            && m.in_features.is_multiple_of(32)
-            && shared <= ONE_SHARED
-    }
-
-    /// `xa = A x` for one token.
-    pub(super) fn low_rank_one(&self, lora: &Lora, k: usize, x: u64, xa: u64) -> Result<()> {
-        let args = [Arg::Ptr(self.ptr(lora.a)), Arg::Ptr(x), Arg::Ptr(xa), Arg::U32(k as u32)];
-        let how = Launch { grid: [lora.r as u32, 1, 1], block: 256, shared: 0 };
-        self.gpu.launch("linear_one", "lora_one", how, &args)
-    }
-
-    /// `y = W x + scaling * B xa` for one token, by kernels/cuda/linear_one.cu. `adapter`: the pair, and where `xa = A x` is.
-    fn linear_one(&self, m: &LinearIds, x: u64, y: u64, adapter: Option<(&Lora, u64)>) -> Result<()> {
-        let (n, k) = (m.out_features, m.in_features);
-        let mut low = [Arg::Ptr(0), Arg::Ptr(0), Arg::U32(0), Arg::F32(0.0)];
-        if let Some((lora, xa)) = adapter {
-            low = [Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(xa), Arg::U32(lora.r as u32), Arg::F32(lora.scaling)];
-        }
-        let vectors = [Arg::Ptr(x), Arg::Ptr(y), Arg::U32(n as u32), Arg::U32(k as u32)];
-        // A warp for each row; a few rows each, for which x is read once.
-        let blocks = n.div_ceil(8).min(self.gpu.sm_count as usize * 6);
-        let shared = (k * self.dtype.size_in_bytes()) as u32;
-        let how = Launch { grid: [blocks as u32, 1, 1], block: 256, shared };
-        match m.weight {
-            Weight::Dense { w } => {
-                let args = [&[Arg::Ptr(self.ptr(w))], &vectors[..], &low].concat();
-                self.gpu.launch("linear_one", "dense_one", how, &args)
-            }
-            Weight::Nf4 { packed, absmax, nested, config } => {
-                let (scales, offset) = nested.map_or((0, 0), |n| (self.ptr(n.absmax), self.ptr(n.offset)));
-                let weight = [
-                    Arg::Ptr(self.ptr(packed)),
-                    Arg::Ptr(self.ptr(absmax)),
-                    Arg::Ptr(scales),
-                    Arg::Ptr(offset),
-                    Arg::U32(config.blocksize.trailing_zeros()),
-                    Arg::U32(config.nested_blocksize.trailing_zeros()),
-                    Arg::U32(quant_type_code(config.quant_type)),
-                ];
-                self.gpu.launch("linear_one", "nf4_one", how, &[&weight[..], &vectors, &low].concat())
-            }
-        }
     }
 
     /// The module's matrices in the compute dtype: a 4-bit weight is decoded, A and B are cast.

@@ -1,9 +1,11 @@
 //! Base weights into the arena: read piece by piece, converted and quantized on the device.
 //!
 //! The pieces pass through cuBLASLt's workspace, which nothing else uses meanwhile, and through two pinned buffers, so that
-//! a piece is read while the one before it is copied. Host memory beside those: none.
+//! a piece is read, by all cores, while the one before it is copied. Host memory beside those: none. The buffers stay for the weights
+//! that follow, until a phase begins.
 
 use candle_core::DType;
+use rayon::prelude::*;
 
 use super::gpu::{Arg, Gpu, Launch};
 use super::{CudaOps, nf4};
@@ -15,29 +17,21 @@ use crate::{Error, Result};
 /// Bytes of a piece of a weight in its file's dtype.
 const PIECE: usize = 8 << 20;
 
-/// Pinned buffers, freed with the value.
-struct Pinned<'a> {
-    gpu: &'a Gpu,
-    start: *mut u8,
-}
+/// What a core reads of a piece.
+const SHARE: usize = 512 << 10;
 
-impl<'a> Pinned<'a> {
-    fn new(gpu: &'a Gpu) -> Result<Self> {
-        Ok(Pinned { gpu, start: gpu.allocate_host(2 * PIECE as u64)? })
+/// Two pinned buffers of a piece each.
+pub(super) struct Staging(*mut u8);
+
+impl Staging {
+    fn new(gpu: &Gpu) -> Result<Self> {
+        Ok(Staging(gpu.allocate_host(2 * PIECE as u64)?))
     }
 
-    /// One of the two.
-    #[allow(clippy::mut_from_ref)]
-    fn buffer(&self, which: usize, bytes: usize) -> &mut [u8] {
+    /// `bytes` of one of the two, from which nothing is being copied.
+    fn buffer(&mut self, which: usize, bytes: usize) -> &mut [u8] {
         // SAFETY: inside the allocation; the caller has waited for the copy out of this half.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(which * PIECE), bytes) }
-    }
-}
-
-impl Drop for Pinned<'_> {
-    fn drop(&mut self) {
-        let _ = self.gpu.wait();
-        self.gpu.free_host(self.start);
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(which * PIECE), bytes) }
     }
 }
 
@@ -114,6 +108,14 @@ impl CudaOps {
         self.gpu.upload(self.ptr(id), bytes)
     }
 
+    /// Frees the pinned buffers of a load.
+    pub(super) fn end_load(&mut self) {
+        if let Some(staging) = self.staging.take() {
+            let _ = self.gpu.wait();
+            self.gpu.free_host(staging.0);
+        }
+    }
+
     fn workspace(&self) -> u64 {
         self.plan.layout().workspace.map_or(0, |id| self.ptr(id))
     }
@@ -139,19 +141,29 @@ impl CudaOps {
                 }
                 let size = info.dtype.size_in_bytes();
                 let step = PIECE / size;
-                // SAFETY: the card is not given away while the buffers live; they end with this function.
-                let gpu: &Gpu = unsafe { &*std::ptr::from_ref(&self.gpu) };
-                let pinned = Pinned::new(gpu)?;
-                for (i, first) in (0..numel).step_by(step).enumerate() {
-                    let n = step.min(numel - first);
-                    // The copy out of this half is the one before the last: the stream is waited for one piece later.
-                    let buffer = pinned.buffer(i % 2, n * size);
-                    checkpoint.read_bytes_at(name, (first * size) as u64, buffer)?;
-                    gpu.wait()?;
-                    gpu.upload(staged, buffer)?;
-                    take(self, first, n, staged, info.dtype)?;
-                }
-                gpu.wait()
+                let mut staging = match self.staging.take() {
+                    Some(staging) => staging,
+                    None => Staging::new(&self.gpu)?,
+                };
+                let mut read = || {
+                    for (i, first) in (0..numel).step_by(step).enumerate() {
+                        let n = step.min(numel - first);
+                        // The copy out of this half is the one before the last: the stream is waited for one piece later.
+                        let buffer = staging.buffer(i % 2, n * size);
+                        let at = |share: usize| (first * size + share * SHARE) as u64;
+                        let shares = buffer.par_chunks_mut(SHARE).enumerate();
+                        shares.try_for_each(|(share, out)| checkpoint.read_bytes_at(name, at(share), out))?;
+                        self.gpu.wait()?;
+                        self.gpu.upload(staged, buffer)?;
+                        take(self, first, n, staged, info.dtype)?;
+                    }
+                    Ok(())
+                };
+                let done = read();
+                // Also after an error: the buffers are used again.
+                let waited = self.gpu.wait();
+                self.staging = Some(staging);
+                done.and(waited)
             }
             WeightSource::Drawn { shape, constant, seed, .. } => {
                 let std = if shape.len() == 1 { 0.0 } else { 0.02 };

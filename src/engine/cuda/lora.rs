@@ -27,14 +27,12 @@ impl CudaOps {
         let (t, k, e) = (self.tokens, op.in_features, self.dtype);
         let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
         if t == 1 && !self.state.training {
-            return op.adapters.iter().try_for_each(|m| {
-                let (r, columns) = (m.lora.r, low_rank_columns(m.lora.r));
-                let spare = ((columns - r) * e.size_in_bytes()) as u64;
-                if spare > 0 {
-                    self.gpu.fill(x.columns(m.first + r).ptr, 0, spare)?;
-                }
-                self.low_rank_one(&m.lora, k, x.ptr, x.columns(m.first).ptr)
-            });
+            for m in &op.adapters {
+                let spare = ((low_rank_columns(m.lora.r) - m.lora.r) * e.size_in_bytes()) as u64;
+                self.gpu.fill(x.columns(m.first + m.lora.r).ptr, 0, spare)?;
+            }
+            let adapters: Vec<_> = op.adapters.iter().map(|m| (&m.lora, x.columns(m.first).ptr)).collect();
+            return self.low_rank_one(k, x.ptr, &adapters);
         }
         let base = self.at(scratch);
         let pairs = op.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));

@@ -16,6 +16,7 @@ mod embedding;
 mod gpu;
 mod libraries;
 mod linear;
+mod linear_one;
 mod lm_head;
 mod lm_head_rows;
 mod load;
@@ -89,6 +90,10 @@ pub struct CudaOps {
     transfers: Transfers,
     /// Updates that wait to be launched together.
     updates: Vec<(optimizer::Update, AdamWHyper)>,
+    /// While weights are loaded.
+    staging: Option<load::Staging>,
+    /// Modules of one token that wait to be launched together.
+    ones: Vec<linear_one::One>,
     /// Scalars of the step.
     pub state: StepState,
     /// The plain attention kernels instead of the tiled ones, for comparison.
@@ -130,6 +135,8 @@ impl CudaOps {
             logits: Vec::new(),
             transfers,
             updates: Vec::new(),
+            staging: None,
+            ones: Vec::new(),
             state,
             plain_attention: false,
             gpu,
@@ -188,6 +195,7 @@ impl Drop for CudaOps {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
             let _ = self.gpu.wait();
+            self.end_load();
             self.transfers.close();
             self.gpu.free_host(self.host);
             self.gpu.free(self.arena);
@@ -242,6 +250,7 @@ impl Backend for CudaOps {
     }
 
     fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
+        self.launch_ones()?;
         self.launch_updates()?;
         for &id in ids {
             self.gpu.fill(self.ptr(id), 0xff, self.region(id).bytes())?;
@@ -250,10 +259,13 @@ impl Backend for CudaOps {
     }
 
     fn begin(&mut self) -> Result<()> {
-        self.gpu.bind()
+        self.gpu.bind()?;
+        self.end_load();
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<()> {
+        self.launch_ones()?;
         self.launch_updates()?;
         self.gpu.wait()
     }
@@ -280,6 +292,13 @@ impl Backend for CudaOps {
 }
 
 impl Ops for CudaOps {
+    fn run(&mut self, op: &Op, scratch: Scratch) -> Result<()> {
+        // Modules wait for their siblings alone: what comes next may read or overwrite what is theirs.
+        if !matches!(op, Op::Linear(_)) {
+            self.launch_ones()?;
+        }
+        dispatch(self, op, scratch)
+    }
     fn load_batch(&mut self, op: &LoadBatch) -> Result<()> {
         let batch = self.batch.take().ok_or_else(|| Error::new("no batch was given to the engine"))?;
         self.tokens = batch.tokens();

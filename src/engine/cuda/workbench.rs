@@ -129,7 +129,7 @@ impl Module {
                 .expected("a function declared extern \"C\" __global__")
         })?;
         Parameters::of(function, gpu.target().driver).check(kernel, &[], args).map_err(|e| e.at(self.name.clone()))?;
-        gpu.launch_function(function, how, &[], args)
+        gpu.launch_function(function, how, &[], args, false)
             .map_err(|e| failed(&format!("{}: {kernel} {how:?}", self.name), e))
     }
 }

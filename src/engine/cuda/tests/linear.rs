@@ -275,6 +275,51 @@ fn one(b: &mut Bench, (n, k): (usize, usize), quant: Option<Nf4Config>, r: usize
     }
 }
 
+/// Modules of one token that share their input share launches: up to three, of other widths, with a bias or without, some adapted.
+#[test]
+fn siblings_of_one_token() {
+    if !gpu() {
+        return;
+    }
+    let mut b = Bench::new(1);
+    b.state.training = false;
+    for quant in [Some(Nf4Config::default()), None] {
+        b.part(format!("{quant:?}"));
+        let (k, r) = (256, 8);
+        let values = b.random(k);
+        let x = b.act("x", k, &values);
+        for (i, n) in [40, 17, 300, 9, 64].into_iter().enumerate() {
+            let (weight, w) = base(&mut b, (n, k), quant);
+            let mut plain = rounded(&product(&values, &transposed(&w, n, k), 1, k, n));
+            let (a, bb) = (b.random(r * k), b.random(n * r));
+            // The fourth has its own low-rank product, before which those that wait are launched.
+            let adapted = i == 3;
+            let lora = adapted.then(|| {
+                let (a, b) = (b.f32s("A", &[r, k], &a), b.f32s("B", &[n, r], &bb));
+                Lora { a, b, grads: None, r, scaling: SCALING, dropout: 0.0, module: MODULE, magnitude: None }
+            });
+            if adapted {
+                let xa = rounded(&product(&values, &transposed(&a, r, k), 1, k, r));
+                let through = rounded(&scaled(&rounded(&product(&xa, &transposed(&bb, n, r), 1, r, n)), SCALING));
+                plain = rounded(&plus(&plain, &through));
+            }
+            let bias = (i % 2 == 1).then(|| b.random(n));
+            if let Some(bias) = &bias {
+                plain = rounded(&plus(&plain, bias));
+            }
+            let bias = bias.map(|values| Bias { b: b.elems("bias", &[n], &values), grad: None });
+            let linear = LinearIds { out_features: n, in_features: k, weight, bias, grad: None, lora };
+            let (y, xa) = (b.out("y", n), lora.map(|_| b.out("xa", r)));
+            b.op(Op::Linear(Linear { linear, x, y: Some(y), xa, beside: None }));
+            b.want(y, TOLERANCE, Plain::Values(plain));
+            if let Some(xa) = xa {
+                b.want(xa, TOLERANCE, Plain::Within(3e-2));
+            }
+        }
+    }
+    b.check();
+}
+
 #[test]
 fn lora_with_dropout() {
     if !gpu() {
