@@ -106,7 +106,7 @@ pub fn survey(base: &Base, config: Nf4Config) -> Result<Survey> {
         let (kurtosis, largest) = tails(&base.checkpoint().read_f32(&name)?);
         let worst = error.worst(1).first().copied();
         rows.push(SurveyRow {
-            leaf: m.name.rsplit('.').next().unwrap_or(&m.name).to_owned(),
+            leaf: m.leaf().to_owned(),
             module: m.name,
             layer,
             shape: [m.out_features, m.in_features],

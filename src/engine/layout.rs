@@ -78,7 +78,7 @@ pub struct LayerIds {
 }
 
 /// The places of [`LayerIds::linears`] that a layer's modules have, in the order of [`ModelSpec::linears`].
-fn places(spec: &ModelSpec) -> &'static [usize] {
+pub(super) fn places(spec: &ModelSpec) -> &'static [usize] {
     if spec.family.is_fused() { &[0, 3, 4, 6] } else { &[0, 1, 2, 3, 4, 5, 6] }
 }
 

@@ -8,10 +8,10 @@
 
 use candle_core::DType;
 
-use super::layout::{Layout, NormIds, Regions};
+use super::layout::{Layout, NormIds, Regions, places};
 use super::ops::*;
 use crate::model::ModelSpec;
-use crate::plan::{DeviceKind, Lifetime, Phase, PlanConfig, Stage};
+use crate::plan::{DeviceKind, Lifetime, Phase, PlanConfig, Stage, kept_modules};
 
 /// The operations of each phase.
 #[derive(Clone, Debug, Default)]
@@ -114,7 +114,7 @@ pub(crate) fn programs(spec: &ModelSpec, cfg: &PlanConfig, layout: &mut Layout, 
     let mut out = Programs::default();
     if trains {
         out.micro_step = Pass::new(spec, cfg, layout, &mut regions, Phase::MicroStep, cfg.capacity()).micro_step();
-        out.optimizer = optimizer(layout, &mut regions);
+        out.optimizer = optimizer(cfg, layout, &mut regions);
     }
     out.evaluate = Pass::new(spec, cfg, layout, &mut regions, Phase::Evaluate, cfg.capacity()).evaluate();
     out.logits = Pass::new(spec, cfg, layout, &mut regions, Phase::Logits, cfg.capacity()).logits();
@@ -149,15 +149,16 @@ fn record(layout: &mut Layout, programs: &Programs) {
     }
 }
 
-/// The update of every trained tensor; state that lives on the host passes through windows.
-fn optimizer(layout: &Layout, regions: &mut Regions) -> Vec<Op> {
+/// The update of every trained tensor. State that lives on the host passes through windows, or, on a GPU, is read and written over the
+/// bus by the update itself.
+fn optimizer(cfg: &PlanConfig, layout: &Layout, regions: &mut Regions) -> Vec<Op> {
     let grads: Vec<TensorId> = layout.trainables.iter().map(|t| t.grad).collect();
     let norm = layout.grad_norm;
     let mut ops = vec![Op::GradNorm(GradNorm { grads: grads.clone(), norm })];
     for t in &layout.trainables {
         let mut moments = t.moments;
         let mut pages = Vec::new();
-        if t.paged {
+        if t.paged && cfg.device == DeviceKind::Cpu {
             let mut page = |host: &mut TensorId| {
                 let r = regions.list[host.index()].clone();
                 let window = regions.within(Phase::Optimizer, &r.name, Stage::Window, r.dtype, &r.shape);
@@ -289,9 +290,9 @@ impl<'a> Pass<'a> {
     fn decode(&mut self, l: usize) {
         let mut linears = self.layout.layers[l].linears;
         // Not the last: its product is not recomputed.
-        for (m, linear) in linears.iter_mut().enumerate().take(DOWN) {
-            let Some(linear) = linear else { continue };
-            if matches!(linear.weight, Weight::Nf4 { .. }) {
+        for (&m, (name, _)) in places(self.spec).iter().zip(kept_modules(self.spec)) {
+            let Some(linear) = &mut linears[m] else { continue };
+            if matches!(linear.weight, Weight::Nf4 { .. }) && self.cfg.keeps_dequantized(&name) {
                 let (weight, in_features) = (linear.weight, linear.in_features);
                 let lora = self.beside(l, m);
                 let row = lora.map_or(in_features, |b| b.row());

@@ -174,7 +174,7 @@ fn not_found(entry: &str, linears: &[LinearModule]) -> Error {
         return e.next("norms are vectors, not linear modules; leave it out");
     }
     let parts = linears.iter().filter(|m| m.name.split('.').any(|p| p == leaf));
-    let mut parts: Vec<_> = parts.filter_map(|m| m.name.rsplit('.').next()).collect();
+    let mut parts: Vec<_> = parts.map(LinearModule::leaf).collect();
     parts.sort_unstable();
     parts.dedup();
     if !parts.is_empty() && entry == leaf {
@@ -196,7 +196,7 @@ fn not_found(entry: &str, linears: &[LinearModule]) -> Error {
 fn leaves(linears: &[LinearModule]) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
     for m in linears {
-        let leaf = m.name.rsplit('.').next().unwrap_or(&m.name);
+        let leaf = m.leaf();
         if !out.iter().any(|l| l == leaf) {
             out.push(leaf.into());
         }
@@ -233,7 +233,7 @@ impl Discovery {
         ];
         for (status, list) in lists {
             for m in list {
-                let leaf = m.name.rsplit('.').next().unwrap_or(&m.name);
+                let leaf = m.leaf();
                 let same = |g: &&mut TargetGroup| {
                     (g.leaf.as_str(), g.out_features, g.in_features, g.status)
                         == (leaf, m.out_features, m.in_features, status)

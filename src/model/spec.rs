@@ -258,6 +258,13 @@ pub struct LinearModule {
     pub layer: Option<usize>,
 }
 
+impl LinearModule {
+    /// The last part of its path: `q_proj`.
+    pub fn leaf(&self) -> &str {
+        self.name.rsplit('.').next().unwrap_or(&self.name)
+    }
+}
+
 /// One tensor that a checkpoint of the model must hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {

@@ -136,11 +136,31 @@ pub struct PlanConfig {
     /// layer's weights in the compute dtype more memory.
     #[serde(default)]
     pub keep_dequantized: bool,
+    /// Of these: only the modules with these names (`q_proj`); `None`: all. `down_proj` is never among them: its product is not
+    /// recomputed.
+    #[serde(default)]
+    pub keep_dequantized_modules: Option<Vec<String>>,
     /// Positions of the KV cache; `None`: what fits into the space that training needs anyway, at least 256.
     pub max_context: Option<usize>,
 }
 
+/// The modules whose decoded weights can be kept, with the elements of each, in the order of a layer.
+pub(crate) fn kept_modules(spec: &ModelSpec) -> Vec<(String, usize)> {
+    let linears = spec.linears();
+    let layer = linears.iter().filter(|m| m.layer == Some(0));
+    let mut out: Vec<_> = layer.map(|m| (m.leaf().to_owned(), m.out_features * m.in_features)).collect();
+    // The product of the last is not recomputed.
+    out.pop();
+    out
+}
+
 impl PlanConfig {
+    /// Whether the decoded weights of a recomputed layer's modules of this name are kept.
+    pub(crate) fn keeps_dequantized(&self, name: &str) -> bool {
+        self.keep_dequantized
+            && self.keep_dequantized_modules.as_ref().is_none_or(|some| some.iter().any(|m| m == name))
+    }
+
     /// Tokens of a micro-batch.
     pub fn capacity(&self) -> usize {
         self.micro_batch_size * self.max_seq_length
@@ -198,6 +218,13 @@ impl PlanConfig {
         }
         if self.host_embeddings && self.method.is_full() {
             return bad("host_embeddings", "a frozen embedding table", self.method.label().into());
+        }
+        if let Some(modules) = &self.keep_dequantized_modules {
+            let known = kept_modules(spec);
+            if let Some(name) = modules.iter().find(|name| !known.iter().any(|(k, _)| k == *name)) {
+                let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+                return bad("keep_dequantized_modules", &names.join(", "), name.clone());
+            }
         }
         if let Some(lora) = &self.lora {
             lora.validate()?;

@@ -1,5 +1,6 @@
 //! A plan against a card: does it fit, what would make it fit, and which plan uses the card best.
 
+use super::config::kept_modules;
 use super::{Checkpointing, DeviceKind, Gpu, MemoryPlan, PlanBuilder, PlanConfig};
 use crate::model::ModelSpec;
 use crate::train::Optim;
@@ -233,7 +234,7 @@ fn smallest(spec: &ModelSpec, config: &PlanConfig) -> PlanConfig {
     let gpu = c.device == DeviceKind::Cuda;
     c.host_embeddings = gpu && !spec.tie_word_embeddings && !c.method.is_full();
     c.host_checkpoints = gpu;
-    c.keep_dequantized = false;
+    (c.keep_dequantized, c.keep_dequantized_modules) = (false, None);
     c.micro_batch_size = 1;
     c.checkpointing = Checkpointing::All;
     c.ce_chunk = c.ce_chunk.min(256);
@@ -282,17 +283,27 @@ impl PlanBuilder {
             )
         });
         if best.checkpointing != Checkpointing::None && best.quantization.is_some() && best.device == DeviceKind::Cuda {
-            best.keep_dequantized = true;
-            best.keep_dequantized = fits(&best);
+            (best.keep_dequantized, best.keep_dequantized_modules) = (true, None);
+            let mut modules = kept_modules(asked.spec());
+            while !fits(&best) && !modules.is_empty() {
+                // Without the largest.
+                let largest = (0..modules.len()).rev().max_by_key(|&i| modules[i].1).unwrap_or(0);
+                modules.remove(largest);
+                best.keep_dequantized = !modules.is_empty();
+                best.keep_dequantized_modules = Some(modules.iter().map(|(name, _)| name.clone()).collect());
+            }
             if best.keep_dequantized {
-                reasons.push("a recomputed layer's weights are decoded once, not twice: there is room".into());
+                let which =
+                    best.keep_dequantized_modules.as_ref().map_or(String::new(), |m| format!(" of {}", m.join(", ")));
+                reasons.push(format!("a recomputed layer's weights{which} are decoded once, not twice: there is room"));
+            } else {
+                best.keep_dequantized_modules = None;
             }
         }
         if config.optim.is_paged() {
             best.resident_state = true;
             best.resident_state = fits(&best);
-            let place =
-                if best.resident_state { "stays on the card: there is room" } else { "is paged through a window" };
+            let place = if best.resident_state { "stays on the card: there is room" } else { "stays on the host" };
             reasons.push(format!("optimizer state {place}"));
         }
         Ok(Fitted { plan: asked.with(best)?, gpu, reasons })

@@ -497,6 +497,7 @@ impl PlanBuilder {
             host_embeddings: false,
             host_checkpoints: false,
             keep_dequantized: false,
+            keep_dequantized_modules: None,
             max_context: None,
         };
         PlanBuilder { spec: spec.clone(), config }
@@ -628,6 +629,14 @@ impl PlanBuilder {
     /// Spends the memory of one layer in the compute dtype.
     pub fn keep_dequantized(mut self, on: bool) -> Self {
         self.config.keep_dequantized = on;
+        self.config.keep_dequantized_modules = None;
+        self
+    }
+
+    /// The same for the modules with these names alone (`q_proj`, `up_proj`; not `down_proj`, whose product is not recomputed): what fits.
+    pub fn keep_dequantized_modules<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.config.keep_dequantized = true;
+        self.config.keep_dequantized_modules = Some(names.into_iter().map(Into::into).collect());
         self
     }
 

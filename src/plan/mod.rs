@@ -16,6 +16,7 @@ mod region;
 mod scratch;
 mod side_by_side;
 
+pub(crate) use config::kept_modules;
 pub use config::{Checkpointing, DeviceKind, Method, PlanConfig};
 pub use estimate::{Attention, Component, Estimate, EstimateConfig, EstimateLoss, EstimateMethod, Moment, Part};
 pub use fit::{Change, Fit, FitTable, Fitted};

@@ -32,7 +32,7 @@ pub enum Stage {
     Scratch,
     /// Keys and values of generated tokens.
     KvCache,
-    /// Space through which optimizer state passes when it lives on the host.
+    /// Space through which optimizer state passes when it is paged, on the CPU; a GPU's update reads and writes it where it is.
     Window,
 }
 

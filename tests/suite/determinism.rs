@@ -95,7 +95,8 @@ fn where_tensors_lie_changes_no_bit() {
     let expected = steps(&model, plain.clone(), Some(&lora), 2);
     for layers in [Checkpointing::All, Checkpointing::Layers(1), Checkpointing::None] {
         let moved = plain.clone().checkpointing(layers).host_checkpoints(true).host_embeddings(true);
-        for plan in [moved.clone(), moved.keep_dequantized(true)] {
+        let some = moved.clone().keep_dequantized_modules(["q_proj", "up_proj"]);
+        for plan in [moved.clone(), moved.keep_dequantized(true), some] {
             let found = steps(&model, plan, Some(&lora), 2);
             for ((name, a), (_, b)) in expected.iter().zip(&found) {
                 assert!(a == b, "{name} has other bits with {layers}");

@@ -1,7 +1,7 @@
 //! The plan: sizes known by hand, and what it proposes for a card.
 
 use tunebook::model::ModelSpec;
-use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, Stage};
+use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, PlanBuilder, Stage};
 use tunebook::train::Optim;
 
 fn mistral() -> ModelSpec {
@@ -83,6 +83,41 @@ fn what_does_not_fit_gets_changes_that_do() {
     }
     let hopeless = MemoryPlan::full(&spec).build().unwrap().fits(Gpu::preset("rtx-4090").unwrap()).unwrap();
     assert!(hopeless.changes.is_empty() && hopeless.smallest_bytes.unwrap() > hopeless.gpu.total_bytes);
+}
+
+#[test]
+fn decoded_weights_are_kept_as_far_as_there_is_room() {
+    let spec = mistral();
+    let builder = || MemoryPlan::qlora(&spec).r(16).seq(512).optim(Optim::PagedAdamW8bit);
+    let bytes = |plan: PlanBuilder| plan.build().unwrap().arena_bytes();
+    let (none, all) = (bytes(builder()), bytes(builder().keep_dequantized(true)));
+    let some = bytes(builder().keep_dequantized_modules(["q_proj", "k_proj", "v_proj", "o_proj"]));
+    // Two bytes an element, and the columns of B beside all of them but attention's output.
+    let kept = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 16 * (4096 + 2 * 1024)) as u64;
+    assert!(none < some && some < all, "{none} {some} {all}");
+    assert!((some - none).abs_diff(kept) < 1 << 20, "{} instead of {kept}", some - none);
+    // A card on which half of them fits.
+    let mut card = Gpu::preset("rtx-3060").unwrap();
+    card.total_bytes = builder().build().unwrap().process_bytes(&card) + (all - none) / 2;
+    let fitted = builder().checkpointing(Checkpointing::All).fit(card.clone()).unwrap();
+    let config = fitted.plan.config();
+    let modules = config.keep_dequantized_modules.as_ref().unwrap();
+    assert!(config.keep_dequantized && !modules.is_empty() && modules.len() < 6, "{:?}", fitted.reasons);
+    assert!(fitted.plan.process_bytes(&card) <= card.total_bytes);
+    let e = builder().keep_dequantized_modules(["down_proj"]).build().unwrap_err().to_string();
+    assert!(e.contains("down_proj") && e.contains("gate_proj"), "{e}");
+}
+
+/// On a GPU the update reads and writes paged state where it is; on the CPU it passes through windows.
+#[test]
+fn paged_state_needs_windows_on_the_cpu_alone() {
+    let spec = mistral();
+    let windows = |plan: PlanBuilder| {
+        let plan = plan.optim(Optim::PagedAdamW8bit).build().unwrap();
+        plan.regions().iter().filter(|r| r.stage == Stage::Window).count()
+    };
+    assert_eq!(windows(MemoryPlan::qlora(&spec).r(64)), 0);
+    assert!(windows(MemoryPlan::qlora(&spec).r(64).cpu()) > 0);
 }
 
 #[test]

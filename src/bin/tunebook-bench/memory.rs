@@ -29,6 +29,11 @@ struct Case {
     seq: usize,
     checkpointing: Checkpointing,
     optim: Optim,
+    /// Embeddings and the inputs of recomputed layers on the host.
+    host: bool,
+    keep_dequantized: bool,
+    double_quant: bool,
+    dropout: f64,
 }
 
 const QLORA: Case = Case {
@@ -40,11 +45,15 @@ const QLORA: Case = Case {
     seq: 512,
     checkpointing: Checkpointing::All,
     optim: Optim::PagedAdamW8bit,
+    host: false,
+    keep_dequantized: false,
+    double_quant: true,
+    dropout: 0.0,
 };
 const LORA: Case = Case { name: "LoRA", method: Method::Lora, nf4: false, ..QLORA };
 const INFERENCE: Case = Case { name: "inference", method: Method::Inference, r: 0, ..QLORA };
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 24] = [
     QLORA,
     Case { name: "QLoRA, batch 4", batch: 4, ..QLORA },
     Case { name: "QLoRA, batch 16", batch: 16, ..QLORA },
@@ -54,8 +63,23 @@ const CASES: [Case; 14] = [
     Case { name: "QLoRA, AdamW", optim: Optim::AdamW, ..QLORA },
     Case { name: "QLoRA, 8-bit AdamW", batch: 4, optim: Optim::AdamW8bit, ..QLORA },
     Case { name: "QLoRA, r 16, AdamW", r: 16, optim: Optim::AdamW, ..QLORA },
+    Case { name: "QLoRA, r 16, on the host what can be", r: 16, host: true, ..QLORA },
+    Case { name: "QLoRA, on the host what can be", batch: 4, host: true, ..QLORA },
+    Case { name: "QLoRA, decoded once", batch: 4, keep_dequantized: true, ..QLORA },
+    Case { name: "QLoRA, f32 scales", double_quant: false, ..QLORA },
+    Case { name: "QLoRA, dropout 0.1", batch: 4, dropout: 0.1, ..QLORA },
+    Case {
+        name: "QLoRA, 8 x 1024, half recomputed",
+        batch: 8,
+        seq: 1024,
+        checkpointing: Checkpointing::Layers(16),
+        ..QLORA
+    },
+    Case { name: "QLoRA, paged 32-bit AdamW", optim: Optim::PagedAdamW32bit, ..QLORA },
+    Case { name: "QLoRA, r 256", r: 256, optim: Optim::AdamW8bit, ..QLORA },
     LORA,
     Case { name: "LoRA, batch 4, AdamW", batch: 4, optim: Optim::AdamW, ..LORA },
+    Case { name: "LoRA, nothing recomputed", checkpointing: Checkpointing::None, ..LORA },
     Case {
         name: "full fine-tuning, pure bf16, 8-bit AdamW",
         method: Method::FullPureBf16,
@@ -65,6 +89,7 @@ const CASES: [Case; 14] = [
         ..QLORA
     },
     Case { name: "inference, 4-bit", ..INFERENCE },
+    Case { name: "inference, 4-bit, 4 x 2048", batch: 4, seq: 2048, ..INFERENCE },
     Case { name: "inference, dense", nf4: false, ..INFERENCE },
 ];
 
@@ -131,9 +156,15 @@ impl Case {
             .batch(self.batch)
             .seq(self.seq)
             .checkpointing(self.checkpointing)
-            .optim(self.optim);
+            .optim(self.optim)
+            .host_embeddings(self.host)
+            .host_checkpoints(self.host)
+            .keep_dequantized(self.keep_dequantized);
         if self.r > 0 {
-            plan = plan.r(self.r);
+            plan = plan.r(self.r).lora_dropout(self.dropout);
+        }
+        if self.method == Method::Qlora {
+            plan = plan.double_quant(self.double_quant);
         }
         if self.method == Method::Inference {
             plan = plan.quantization(self.nf4.then(Nf4Config::default));

@@ -50,6 +50,7 @@ fn plan_options() -> Vec<Opt> {
         switch("host-embeddings", "the embedding table stays in host memory"),
         switch("host-checkpoints", "inputs of recomputed layers wait in host memory"),
         switch("keep-dequantized", "a recomputed layer's weights are decoded once"),
+        opt("keep-dequantized-modules", "A,B", "those of these modules alone: q_proj,up_proj"),
         opt("ce-chunk", "N", "rows of logits that the loss holds at a time (256)"),
     ]
 }
@@ -176,6 +177,9 @@ impl Setup {
             .host_checkpoints(args.has("host-checkpoints"))
             .keep_dequantized(args.has("keep-dequantized"))
             .ce_chunk(args.at_least_one("ce-chunk", 256)?);
+        if let Some(names) = args.text("keep-dequantized-modules") {
+            plan = plan.keep_dequantized_modules(names.split(','));
+        }
         if args.has("base") {
             if method != Method::Inference {
                 return Err(args.bad("base", "--method inference: the others say it themselves", word.into()));
@@ -247,6 +251,7 @@ pub fn asked(plan: &MemoryPlan, weights: &str, seed: u64) -> Map<String, Value> 
         "host_embeddings": c.host_embeddings,
         "host_checkpoints": c.host_checkpoints,
         "keep_dequantized": c.keep_dequantized,
+        "keep_dequantized_modules": c.keep_dequantized_modules,
         "ce_chunk": c.ce_chunk,
         "seed": seed,
     }))
