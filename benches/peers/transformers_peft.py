@@ -1,0 +1,134 @@
+"""Steps of transformers + PEFT + bitsandbytes on the shape of Mistral-7B, timed as `tunebook-bench train-step` times ours.
+
+    python benches/peers/transformers_peft.py --batch 4 --seq 512 --r 64 --steps 50 --runs 3
+    tunebook-bench train-step --random-weights --device cuda --batch 4 --seq 512 --r 64 --optimizer adamw_8bit --keep-dequantized --steps 50
+
+Both: random weights, NF4 with nested scales, LoRA on the seven projections of each layer, every layer's input the only thing kept (gradient
+checkpointing), 8-bit AdamW, clipping, one step after the other without a trainer, its log or its data loader. PEFT's recipe otherwise:
+prepare_model_for_kbit_training, bf16 autocast, SDPA. One JSON line for each run: steps timed one by one, the card waited for.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, MistralConfig
+
+
+def quantize(model, device):
+    """Every linear module but lm_head to bitsandbytes' Linear4bit, one at a time."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not torch.nn.Linear or name == "lm_head":
+                continue
+            new = bnb.nn.Linear4bit(
+                child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
+                compress_statistics=True, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(
+                child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            ).to(device)
+            setattr(parent, name, new)
+            del child
+    # What prepare_model_for_kbit_training looks for.
+    model.is_loaded_in_4bit = True
+    model.config.quantization_config = None
+
+
+def process_mib():
+    """This process on the card, as nvidia-smi shows it."""
+    try:
+        import os
+
+        import pynvml
+
+        pynvml.nvmlInit()
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+        mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+        return mine[0] >> 20 if mine else None
+    except Exception:
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name, default in [("batch", 4), ("seq", 512), ("r", 64), ("layers", 32), ("steps", 50), ("runs", 3), ("warmup", 3)]:
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--hidden", type=int, default=4096, help="smaller for a check without a GPU")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 7 // 2,
+        num_hidden_layers=args.layers,
+        sliding_window=4096,
+        use_cache=False,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    quantize(model, device)
+    if cuda:
+        torch.cuda.empty_cache()
+    checkpointing = not args.no_checkpointing
+    model = peft.prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = peft.LoraConfig(r=args.r, lora_alpha=16, lora_dropout=args.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.AdamW8bit(trained, lr=2e-4) if cuda else torch.optim.AdamW(trained, lr=2e-4)
+    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq), device=device)
+
+    def step():
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return loss.item()
+
+    first = step()
+    for _ in range(args.warmup - 1):
+        step()
+    for run in range(args.runs):
+        seconds = []
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            last = step()
+            seconds.append(time.perf_counter() - begin)
+        tokens = args.batch * args.seq
+        line = {
+            "peer": "transformers + PEFT + bitsandbytes",
+            "versions": {m.__name__: m.__version__ for m in (transformers, peft, bnb, torch)},
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "batch": args.batch,
+            "seq": args.seq,
+            "r": args.r,
+            "dropout": args.dropout,
+            "checkpointing": checkpointing,
+            "run": run,
+            "steps": args.steps,
+            "tokens_per_s_median": tokens / statistics.median(seconds),
+            "tokens_per_s_best": tokens / min(seconds),
+            "process_mib": process_mib(),
+            "loss_first": first,
+            "loss_last": last,
+        }
+        print(json.dumps(line), flush=True)
+
+
+main()
