@@ -31,7 +31,9 @@ speed() {
     "$dir/tunebook-bench" "${qlora[@]}" --batch 4 --seq 512 --checkpointing none
     "$dir/tunebook-bench" "${small[@]}" --optimizer adamw_8bit --keep-dequantized
     "$dir/tunebook-bench" "${small[@]}" --optimizer paged_adamw_8bit "${host[@]}" --vram-cap 6GiB
+    "$dir/tunebook-bench" "${small[@]}" --optimizer paged_adamw_8bit "${host[@]}" --keep-dequantized-modules q_proj,k_proj,v_proj,o_proj,up_proj
     "$dir/tunebook-bench" nf4 --device cuda
+    "$dir/tunebook-bench" load --random-weights --device cuda --r 64 --dir /dev/shm
     "$dir/tunebook-bench" generate --random-weights --device cuda --r 64
     "$dir/tunebook-bench" generate --random-weights --device cuda --method inference
 }
