@@ -11,85 +11,10 @@
 // shared memory: a tile of 64 keys and one of 64 values (and for D = 256 the queries), rows padded by 16 bytes so that
 // ldmatrix has no bank conflicts. Values travel while scores are computed, the next keys while P V is.
 #include "common.cuh"
+#include "attention.cuh"
+#include "mma.cuh"
 
 #ifndef ELEM_F32
-
-#define TILE 64
-#define THREADS 128
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
-
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N of the newest groups are under way.
-template <int N>
-__device__ __forceinline__ void wait_group() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// c [16, 8] += a [16, 16] b [16, 8].
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Max and sum over the four lanes that hold a row of a product.
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 1));
-    return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(FULL_MASK, x, 1);
-    return x + __shfl_xor_sync(FULL_MASK, x, 2);
-}
-
-// Starts copying TILE rows of D elements, `stride` elements apart; zeros from row `valid` on.
-template <int D>
-__device__ __forceinline__ void load_tile(u32 to, const elem* from, i64 stride, i32 valid) {
-    // Threads side by side along a row: the power of two in its number of 16-byte chunks, so that addresses are linear.
-    constexpr int CHUNKS = D / 8, ACROSS = CHUNKS & -CHUNKS, DOWN = THREADS / ACROSS;
-    const int row = threadIdx.x / ACROSS, chunk = threadIdx.x % ACROSS;
-    from += row * stride + chunk * 8;
-    to += (row * (D + 8) + chunk * 8) * 2;
-#pragma unroll
-    for (int i = 0; i < TILE / DOWN; i++) {
-#pragma unroll
-        for (int j = 0; j < CHUNKS / ACROSS; j++) {
-            copy_async(
-                to + (i * DOWN * (D + 8) + j * ACROSS * 8) * 2, from + i * DOWN * stride + j * ACROSS * 8,
-                row + i * DOWN < valid
-            );
-        }
-    }
-}
 
 // One tile of queries of an example: q, out and lse from its first query on, k and v from its first key on. `length`
 // queries, the first of them with `before` keys before its own.
@@ -144,11 +69,10 @@ __device__ __forceinline__ void attend(
 
     // Rows of this lane: this and 8 after.
     const i32 row = warp * 16 + lane / 4;
-    const float minus_infinity = __int_as_float(0xff800000);
     constexpr float D_AS_FLOAT = D;
     const float scale = 1.0f / sqrtf(D_AS_FLOAT), scale_log2 = scale * LOG2_E;
     float o[D / 8][4] = {};
-    float top[2] = {minus_infinity, minus_infinity}, sum[2] = {0.0f, 0.0f};
+    float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0.0f, 0.0f};
 
     for (i32 key = first_key; key < end; key += TILE) {
         wait_group<0>();
@@ -177,41 +101,9 @@ __device__ __forceinline__ void attend(
         if (key + TILE < end) load_tile<D>(keys_at, k + (key + TILE) * k_stride, k_stride, end - key - TILE);
         commit();
 
-        if (key + TILE - 1 > first || first + TILE - 1 - key >= reach) {
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    i32 distance = first + row + e / 2 * 8 - (key + j * 8 + lane % 4 * 2 + e % 2);
-                    if (distance < 0 || distance >= reach) s[j][e] = minus_infinity;
-                }
-            }
-        }
+        if (key + TILE - 1 > first || first + TILE - 1 - key >= reach) hide(s, first + row, key, reach);
 
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float largest = top[r];
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) largest = fmaxf(largest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-            largest = quad_max(largest);
-            // Where nothing is visible yet all scores are -inf: any finite number will do.
-            float base = (largest == minus_infinity ? 0.0f : largest) * scale_log2;
-            float shrink = exp2_fast(top[r] * scale_log2 - base);
-            top[r] = largest;
-            float part = 0.0f;
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) {
-                s[j][2 * r] = exp2_fast(s[j][2 * r] * scale_log2 - base);
-                s[j][2 * r + 1] = exp2_fast(s[j][2 * r + 1] * scale_log2 - base);
-                part += s[j][2 * r] + s[j][2 * r + 1];
-            }
-            sum[r] = sum[r] * shrink + part;
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                o[j][2 * r] *= shrink;
-                o[j][2 * r + 1] *= shrink;
-            }
-        }
+        softmax(s, top, sum, o, scale_log2);
 
 #pragma unroll
         for (int i = 0; i < TILE / 16; i++) {

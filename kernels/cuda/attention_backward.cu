@@ -11,6 +11,8 @@
 // Both hold the two tiles of their own rows in shared memory and stream tiles of the other side through it, 64 rows (32
 // for D = 256) at a time, rows padded by 16 bytes against bank conflicts.
 #include "common.cuh"
+#include "attention.cuh"
+#include "mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) attention_delta(
     const elem* __restrict__ out, const elem* __restrict__ dout, float* __restrict__ delta, u64 rows, u32 dim
@@ -38,76 +40,6 @@ extern "C" __global__ void __launch_bounds__(256) attention_delta(
 }
 
 #ifndef ELEM_F32
-
-#define TILE 64
-#define THREADS 128
-#define LOG2_E 1.4426950408889634f
-
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_async_4(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N of the newest groups are under way.
-template <int N>
-__device__ __forceinline__ void wait_group() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// c [16, 8] += a [16, 16] b [16, 8].
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Starts copying ROWS rows of D elements, `stride` elements apart; zeros from row `valid` on.
-template <int D, int ROWS>
-__device__ __forceinline__ void load_tile(u32 to, const elem* from, i64 stride, i32 valid) {
-    // Threads side by side along a row: the power of two in its number of 16-byte chunks, so that addresses are linear.
-    constexpr int CHUNKS = D / 8, ACROSS = CHUNKS & -CHUNKS, DOWN = THREADS / ACROSS;
-    const int row = threadIdx.x / ACROSS, chunk = threadIdx.x % ACROSS;
-    from += row * stride + chunk * 8;
-    to += (row * (D + 8) + chunk * 8) * 2;
-#pragma unroll
-    for (int i = 0; i < (ROWS + DOWN - 1) / DOWN; i++) {
-        if (DOWN > ROWS && row >= ROWS) break;
-#pragma unroll
-        for (int j = 0; j < CHUNKS / ACROSS; j++) {
-            copy_async(
-                to + (i * DOWN * (D + 8) + j * ACROSS * 8) * 2, from + i * DOWN * stride + j * ACROSS * 8,
-                row + i * DOWN < valid
-            );
-        }
-    }
-}
 
 // c [16, 8 N] = a [16, D] b^T, b [8 N, D]; lane addresses of both.
 template <int D, int N>
@@ -147,30 +79,6 @@ __device__ __forceinline__ void add_product(float (&c)[D / 8][4], const float (&
     }
 }
 
-// Writes a warp's 16 rows, times `factor`, through `staged` (16 rows of shared memory that only this warp uses) so that
-// whole lines are written.
-template <int D>
-__device__ __forceinline__ void write_rows(
-    elem* to, i64 stride, i32 valid, const float (&c)[D / 8][4], float factor, elem* staged
-) {
-    const int lane = threadIdx.x % WARP;
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            *(u32*)(staged + (lane / 4 + r * 8) * (D + 8) + j * 8 + lane % 4 * 2) =
-                pack_bf16(c[j][2 * r] * factor, c[j][2 * r + 1] * factor);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        int n = lane + i * WARP, row = n / (D / 8), chunk = n % (D / 8);
-        if (row < valid) *(Words*)(to + row * stride + chunk * 8) = *(const Words*)(staged + row * (D + 8) + chunk * 8);
-    }
-}
-
 // Where tiles lie: two of the block's own rows, then the streamed ones. A streamed row of queries has its lse and delta in
 // the padding.
 template <int D>
@@ -179,13 +87,6 @@ struct Tiles {
     // Buffers of the first streamed tile, which is read until the end of a round.
     static constexpr int BUFFERS = D <= 128 ? 2 : 1;
     static constexpr int OWN = TILE * (D + 8), STREAMED = STREAM * (D + 8);
-};
-
-// What a block works on. Its own rows and the streamed ones are keys (`x` = k, `y` = v) or queries (`x` = q, `y` = dout):
-// scores are products of `x`, gradients of probabilities products of `y`.
-struct Side {
-    const elem *x, *y;
-    i64 stride;
 };
 
 // One pass over all streamed tiles of a block. KEYS: its own rows are keys, else queries. SCORES: the gradient by its own

@@ -6,16 +6,10 @@
 // Both hold the two tiles of their own rows in shared memory and stream tiles of the other side through it, two of each
 // (hopper.cuh).
 #include "common.cuh"
+#include "attention.cuh"
 #include "hopper.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(ELEM_F32)
-
-// What a block works on. Its own rows and the streamed ones are keys (`x` = k, `y` = v) or queries (`x` = q, `y` = dout):
-// scores are products of `x`, gradients of probabilities products of `y`.
-struct Side {
-    const elem *x, *y;
-    i64 stride;
-};
 
 // KEYS: the own rows are keys, else queries. `own` points to the block's first row; `other` to row 0 of the example, first
 // head; heads lie D apart. `lse` and `delta` point to row 0 of the example, first head of the group, `heads` apart. dx: the

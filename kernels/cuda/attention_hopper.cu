@@ -4,18 +4,10 @@
 // registers, and streams tiles of 64 keys and values, two of each in shared memory (hopper.cuh). Three blocks share a
 // multiprocessor: while one computes exponentials, another multiplies.
 #include "common.cuh"
+#include "attention.cuh"
 #include "hopper.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(ELEM_F32)
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 1));
-    return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(FULL_MASK, x, 1);
-    return x + __shfl_xor_sync(FULL_MASK, x, 2);
-}
 
 template <int D>
 __device__ __forceinline__ void attend(
@@ -54,11 +46,10 @@ __device__ __forceinline__ void attend(
 
     // Rows of this lane: this and 8 after.
     const i32 row = first + warp * 16 + lane / 4;
-    const float minus_infinity = __int_as_float(0xff800000);
     constexpr float D_AS_FLOAT = D;
     const float scale = 1.0f / sqrtf(D_AS_FLOAT), scale_log2 = scale * LOG2_E;
     float o[D / 8][4] = {};
-    float top[2] = {minus_infinity, minus_infinity}, sum[2] = {0.0f, 0.0f};
+    float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0.0f, 0.0f};
 
     u32 stage = 0;
     for (i32 key = first_key; key < end; key += TILE) {
@@ -83,41 +74,9 @@ __device__ __forceinline__ void attend(
         products_wait<0>();
         pin(s);
 
-        if (key + TILE - 1 > first || first + TILE - 1 - key >= reach) {
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    i32 distance = row + e / 2 * 8 - (key + j * 8 + lane % 4 * 2 + e % 2);
-                    if (distance < 0 || distance >= reach) s[j][e] = minus_infinity;
-                }
-            }
-        }
+        if (key + TILE - 1 > first || first + TILE - 1 - key >= reach) hide(s, row, key, reach);
 
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float largest = top[r];
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) largest = fmaxf(largest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-            largest = quad_max(largest);
-            // Where nothing is visible yet all scores are -inf: any finite number will do.
-            float base = (largest == minus_infinity ? 0.0f : largest) * scale_log2;
-            float shrink = exp2_fast(top[r] * scale_log2 - base);
-            top[r] = largest;
-            float part = 0.0f;
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++) {
-                s[j][2 * r] = exp2_fast(s[j][2 * r] * scale_log2 - base);
-                s[j][2 * r + 1] = exp2_fast(s[j][2 * r + 1] * scale_log2 - base);
-                part += s[j][2 * r] + s[j][2 * r + 1];
-            }
-            sum[r] = sum[r] * shrink + part;
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                o[j][2 * r] *= shrink;
-                o[j][2 * r + 1] *= shrink;
-            }
-        }
+        softmax(s, top, sum, o, scale_log2);
 
         u32 p[4][4];
         pack(p, s);

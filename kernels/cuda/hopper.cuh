@@ -7,31 +7,12 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-#define TILE 64
-#define THREADS 128
 #define PART 8192
-#define LOG2_E 1.4426950408889634f
 
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_async_4(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies are done, and the matrix units may read them after the next barrier.
 __device__ __forceinline__ void copies_done() {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // Where chunk `chunk` (16 bytes) of a row lies in a tile.
@@ -49,14 +30,6 @@ __device__ __forceinline__ void load_tile(u32 to, const elem* from, i64 stride, 
     for (int i = 0; i < TILE / DOWN; i++) {
         copy_async(to + place(row + i * DOWN, chunk), from + i * DOWN * stride, row + i * DOWN < valid);
     }
-}
-
-// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
 }
 
 // Descriptors of 16 elements of D of all rows (`step` of D / 16), and of 16 rows of all D, transposed (`step` of 4).
@@ -134,30 +107,6 @@ __device__ __forceinline__ void pack(u32 (&a)[4][4], const float (&c)[8][4]) {
         a[i][1] = pack_bf16(c[2 * i][2], c[2 * i][3]);
         a[i][2] = pack_bf16(c[2 * i + 1][0], c[2 * i + 1][1]);
         a[i][3] = pack_bf16(c[2 * i + 1][2], c[2 * i + 1][3]);
-    }
-}
-
-// Writes a warp's 16 rows, the first 8 times `factor[0]`, through `staged` (16 rows of D + 8 elements of shared memory
-// that only this warp uses) so that whole lines are written.
-template <int D>
-__device__ __forceinline__ void write_rows(
-    elem* to, i64 stride, i32 valid, const float (&c)[D / 8][4], const float (&factor)[2], elem* staged
-) {
-    const int lane = threadIdx.x % WARP;
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            *(u32*)(staged + (lane / 4 + r * 8) * (D + 8) + j * 8 + lane % 4 * 2) =
-                pack_bf16(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        int n = lane + i * WARP, row = n / (D / 8), chunk = n % (D / 8);
-        if (row < valid) *(Words*)(to + row * stride + chunk * 8) = *(const Words*)(staged + row * (D + 8) + chunk * 8);
     }
 }
 
