@@ -5,16 +5,15 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use tempfile::NamedTempFile;
+
 use crate::{Error, Result};
 
-/// Writes a file through a temporary beside it: written, synced, renamed, and the directory synced.
-///
-/// A crash, a full disk or an error in `write` leaves what was there before.
+/// A new file in the directory that `path` is to be in, to be renamed to it; and that directory.
 ///
 /// # Errors
-/// Any failure of `write`, and input or output errors with the path.
-pub fn write_atomic(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-    let path = path.as_ref();
+/// A directory that cannot be written.
+pub(crate) fn temporary_beside(path: &Path) -> Result<(NamedTempFile, &Path)> {
     let dir = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -25,6 +24,18 @@ pub fn write_atomic(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -
         .permissions(fs::Permissions::from_mode(0o666))
         .tempfile_in(dir)
         .map_err(|e| Error::io("create a file", dir, e))?;
+    Ok((tmp, dir))
+}
+
+/// Writes a file through a temporary beside it: written, synced, renamed, and the directory synced.
+///
+/// A crash, a full disk or an error in `write` leaves what was there before.
+///
+/// # Errors
+/// Any failure of `write`, and input or output errors with the path.
+pub fn write_atomic(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let path = path.as_ref();
+    let (tmp, dir) = temporary_beside(path)?;
     let mut out = BufWriter::with_capacity(1 << 20, tmp);
     write(&mut out)?;
     let tmp = out.into_inner().map_err(|e| Error::io("write", path, e.into_error()))?;

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -92,15 +90,7 @@ impl SafetensorsWriter {
     ) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let header = header_bytes(&tensors, metadata).map_err(|e| e.at_path(&path))?;
-        let dir = match path.parent() {
-            Some(p) if !p.as_os_str().is_empty() => p,
-            _ => Path::new("."),
-        };
-        let tmp = tempfile::Builder::new()
-            .prefix(".tunebook-")
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(dir)
-            .map_err(|e| Error::io("create a file", dir, e))?;
+        let (tmp, _) = files::temporary_beside(&path)?;
         let mut out = BufWriter::with_capacity(1 << 20, tmp);
         out.write_all(&header).map_err(|e| Error::io("write", &path, e))?;
         let left = tensors.first().map_or(0, TensorHeader::bytes);
