@@ -9,6 +9,7 @@ mod evaluator;
 mod history;
 mod install;
 mod link;
+mod link_stub;
 mod metadata;
 mod output;
 mod publisher;

@@ -175,7 +175,13 @@ fn run_cell(kernel: &mut Client, cell: &mut Value, source: &str, options: &Optio
     let (mut reply, mut idle): (Option<Value>, Option<Instant>) = (None, None);
     let mut outputs = Outputs::default();
     loop {
-        match kernel.receive_iopub(if reply.is_some() && idle.is_some() { GRACE } else { Duration::from_millis(50) }) {
+        let wait = match (&reply, idle) {
+            // Ours says that it is idle after everything else.
+            (_, Some(_)) if !options.stock => Duration::from_millis(1),
+            (Some(_), Some(_)) => GRACE,
+            _ => Duration::from_millis(50),
+        };
+        match kernel.receive_iopub(wait) {
             Ok(m) if m.parent["msg_id"] == id.as_str() => {
                 if m.kind() == "status" && m.content["execution_state"] == "idle" {
                     idle = Some(Instant::now());
@@ -314,7 +320,7 @@ fn save_in_place(mut nb: Value, path: &Path) -> bool {
     fs::write(path, pretty(&nb)).inspect_err(|e| println!("{}: {e}", path.display())).is_ok()
 }
 
-/// As Jupyter writes notebooks: texts as lists of lines, one space of indentation.
+/// As Jupyter writes notebooks: texts as lists of lines, keys in order, one space of indentation.
 fn pretty(nb: &Value) -> String {
     let mut nb = nb.clone();
     let lines = |v: &mut Value| {
@@ -322,13 +328,15 @@ fn pretty(nb: &Value) -> String {
             *v = text.split_inclusive('\n').collect();
         }
     };
-    for output in nb["cells"].as_array_mut().into_iter().flatten().filter_map(|c| c["outputs"].as_array_mut()).flatten()
-    {
+    // Cells of text have no outputs, and get none.
+    let cells = nb["cells"].as_array_mut().into_iter().flatten();
+    for output in cells.filter_map(|cell| cell.get_mut("outputs")?.as_array_mut()).flatten() {
         if output["output_type"] == "stream" {
             lines(&mut output["text"]);
         }
-        output["data"].as_object_mut().into_iter().flatten().for_each(|(_, data)| lines(data));
+        output.get_mut("data").and_then(Value::as_object_mut).into_iter().flatten().for_each(|(_, data)| lines(data));
     }
+    nb.sort_all_objects();
     let mut out = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b" ");
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
@@ -348,4 +356,30 @@ fn without_colours(text: &str) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_notebook_is_written_as_jupyter_writes_it() {
+        let result = json!({
+            "output_type": "execute_result", "data": {"text/plain": "1\n2"}, "metadata": {}, "execution_count": null,
+        });
+        let stream = json!({"output_type": "stream", "name": "stdout", "text": "a\n"});
+        let nb = json!({"nbformat": 4, "cells": [
+            {"cell_type": "markdown", "source": [], "metadata": {}},
+            {"source": [], "cell_type": "code", "outputs": [result, stream]},
+        ]});
+        let text = pretty(&nb);
+        let again: Value = serde_json::from_str(&text).unwrap();
+        let [words, code] = again["cells"].as_array().unwrap().as_slice() else { panic!("{text}") };
+        assert!(words.get("outputs").is_none(), "{text}");
+        let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!(keys(&code["outputs"][0]), ["data", "execution_count", "metadata", "output_type"]);
+        assert_eq!(code["outputs"][0]["data"]["text/plain"], json!(["1\n", "2"]));
+        assert!(code["outputs"][1].get("data").is_none(), "{text}");
+        assert!(text.starts_with("{\n \"cells\": [\n") && text.ends_with("}\n"), "{text}");
+    }
 }

@@ -67,7 +67,13 @@ struct Externs {
     crates: Vec<(String, PathBuf)>,
     /// Where the crates that these depend on are.
     deps: Vec<PathBuf>,
+    /// [`Template::stub`], where it takes the toolkit's place.
+    stub: Option<PathBuf>,
 }
+
+/// Bytes of source, indentation aside, up to which a cell is compiled as a whole: to keep for the next cell what does not change takes longer
+/// than it saves.
+const WHOLE: usize = 12 << 10;
 
 impl Session {
     fn open() -> Option<Session> {
@@ -245,7 +251,15 @@ impl Session {
         rustc.arg("-Awarnings");
         rustc.args(emit).arg("--out-dir").arg(out.unwrap_or(&cell));
         rustc.arg(format!("-Copt-level={}", self.opt_level()));
-        rustc.arg(format!("-Cincremental={}", context.join("incremental").display()));
+        // One object file: a cell is too small to be shared out.
+        rustc.arg("-Ccodegen-units=1");
+        if code.lines().map(|line| line.trim().len()).sum::<usize>() > WHOLE {
+            rustc.arg(format!("-Cincremental={}", context.join("incremental").display()));
+        }
+        if let Some(stub) = &externs.stub {
+            // Needed, although it has no symbol that the cell refers to.
+            rustc.arg("-Clink-arg=-Wl,--no-as-needed").arg(format!("-Clink-arg={}", stub.display()));
+        }
         for (name, file) in &externs.crates {
             rustc.arg("--extern").arg(format!("{name}={}", file.display()));
         }
@@ -267,10 +281,11 @@ impl Session {
 
     fn externs(&self) -> Result<Externs, String> {
         let own = self.own_dependencies()?;
-        let toolkit = ("tunebook_toolkit".to_owned(), self.template.toolkit.clone());
         if own.is_empty() {
-            let library = ("tunebook".to_owned(), self.template.library.clone());
-            return Ok(Externs { crates: vec![toolkit, library], deps: vec![self.template.dir.join("deps")] });
+            let Template { toolkit, stub, library, dir, .. } = &self.template;
+            let toolkit = ("tunebook_toolkit".to_owned(), stub.as_ref().unwrap_or(toolkit).clone());
+            let library = ("tunebook".to_owned(), library.clone());
+            return Ok(Externs { crates: vec![toolkit, library], deps: vec![dir.join("deps")], stub: stub.clone() });
         }
         let key: String = own.iter().map(|d| format!("{} = {}\n", d.name, d.value)).collect();
         let key: String = Sha256::digest(key).iter().take(8).map(|b| format!("{b:02x}")).collect();
@@ -286,7 +301,7 @@ impl Session {
         let crates = v["crates"].as_object().into_iter().flatten();
         let crates = crates.filter_map(|(name, file)| Some((name.clone(), PathBuf::from(file.as_str()?)))).collect();
         let deps = v["deps"].as_array().into_iter().flatten().filter_map(|d| d.as_str().map(PathBuf::from)).collect();
-        Ok(Externs { crates, deps })
+        Ok(Externs { crates, deps, stub: None })
     }
 
     /// Compiles what cells have added, beside what the library is made of, which is there already.

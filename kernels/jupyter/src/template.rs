@@ -13,9 +13,9 @@ use std::process::Stdio;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::metadata;
 use crate::toolchain::Toolchain;
 use crate::workspace::{How, clone_tree};
+use crate::{link_stub, metadata};
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -58,6 +58,9 @@ impl Layout {
     }
 }
 
+/// The directory in a template of what cells are linked with.
+const STUB: &str = "link";
+
 /// A finished template.
 #[derive(Clone, Debug)]
 pub struct Template {
@@ -65,6 +68,8 @@ pub struct Template {
     pub toolchain: Toolchain,
     /// The shared object.
     pub toolkit: PathBuf,
+    /// What cells are linked with in its place, where it could be made: see [`link_stub`].
+    pub stub: Option<PathBuf>,
     /// The library's metadata, for rustc.
     pub library: PathBuf,
 }
@@ -85,7 +90,10 @@ impl Template {
         let v: Value = serde_json::from_slice(&fs::read(dir.join("template.json")).ok()?).ok()?;
         let toolchain = Toolchain::from_json(&v["toolchain"])?;
         let file = |name: &str| v[name].as_str().map(|f| dir.join("deps").join(f)).filter(|f| f.is_file());
-        Some(Template { dir: dir.to_owned(), toolchain, toolkit: file("toolkit")?, library: file("library")? })
+        let (toolkit, library) = (file("toolkit")?, file("library")?);
+        let stub = dir.join(STUB).join(toolkit.file_name()?);
+        let stub = stub.is_file().then_some(stub);
+        Some(Template { dir: dir.to_owned(), toolchain, toolkit, stub, library })
     }
 
     /// Keeps the template from being removed as long as the file lives.
@@ -180,9 +188,14 @@ impl Template {
         let found = |what: &str, name: Option<std::ffi::OsString>| {
             name.map(|n| n.to_string_lossy().into_owned()).ok_or_else(|| format!("cargo made no {what}"))
         };
+        let toolkit = found("shared object of the toolkit", toolkit)?;
+        if let Err(e) = link_stub::write(&deps.join(&toolkit), &new.path().join(STUB)) {
+            let _ = fs::remove_dir_all(new.path().join(STUB));
+            eprintln!("cells are linked with the whole library, which takes a little longer: {e}");
+        }
         let description = json!({
             "toolchain": toolchain.to_json(),
-            "toolkit": found("shared object of the toolkit", toolkit)?,
+            "toolkit": toolkit,
             "library": found("library", library)?,
         });
 
@@ -305,6 +318,8 @@ pub fn link_artifacts(layout: &Layout, target: &Path) -> std::io::Result<()> {
 fn fingerprint(layout: &Layout) -> Result<String, String> {
     let (rustc, _, _) = Toolchain::find(&layout.repository)?;
     let mut hash = Sha256::new();
+    // What a template consists of.
+    hash.update("2");
     hash.update(layout.repository.as_os_str().as_encoded_bytes());
     hash.update(rustc.as_os_str().as_encoded_bytes());
     // The compiler: a new one is a new file.
