@@ -76,6 +76,7 @@ pub fn uninstall(layout: &Layout, place: &Place) -> Result<(), String> {
 /// As [`install`].
 pub fn lab(layout: &Layout, arguments: &[String]) -> Result<(), String> {
     install(layout, &Place::Environment)?;
+    settings(&environment(layout).join("share/jupyter/lab/settings/overrides.json"));
     let mut jupyter = Command::new(environment(layout).join("bin/jupyter"));
     jupyter.arg("lab").arg(format!("--notebook-dir={}", layout.repository.join("notebooks").display()));
     // SAFETY: no arguments, no failure.
@@ -84,6 +85,16 @@ pub fn lab(layout: &Layout, arguments: &[String]) -> Result<(), String> {
         jupyter.arg("--allow-root");
     }
     Err(format!("jupyter lab: {}", jupyter.args(arguments).exec()))
+}
+
+/// No question about news over the first notebook, and no look for newer versions of what is pinned here. Settings that are there already stay.
+fn settings(file: &Path) {
+    let quiet =
+        json!({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}});
+    if !file.exists() {
+        // JupyterLab works without, and asks.
+        let _ = file.parent().map(fs::create_dir_all).and_then(Result::ok).map(|()| fs::write(file, quiet.to_string()));
+    }
 }
 
 /// Compiles the library for cells, if it is not.

@@ -4,7 +4,7 @@
 //! compiled once for all. Kernels use it where it is, read-only; it is named by a fingerprint of what it was made from.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::process::Stdio;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::toolchain::Toolchain;
+use crate::toolchain::{FLAGS, Toolchain, user_command};
 use crate::workspace::{How, clone_tree};
 use crate::{link_stub, metadata};
 
@@ -126,41 +126,30 @@ impl Template {
         write_manifest(&workspace, layout, "")?;
         fs::copy(layout.repository.join("Cargo.lock"), workspace.join("Cargo.lock")).map_err(io)?;
 
-        let mut command = toolchain.cargo_command();
-        command.current_dir(&workspace).args(["build", "--message-format=json-render-diagnostics"]);
-        command.args(["--target", &toolchain.host]);
-        command.env("CARGO_TARGET_DIR", &layout.target).stdout(Stdio::piped());
-        if progress.is_some() {
-            command.stderr(Stdio::piped());
+        let mut progress = progress;
+        let messages = compile(layout, &toolchain, &workspace, &mut progress)?;
+        if let Some(template) = Template::assemble(layout, &toolchain, &workspace, &fingerprint, &messages)? {
+            return Ok(template);
         }
-        let mut child = command.spawn().map_err(|e| format!("{}: {e}", toolchain.cargo.display()))?;
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let messages = std::thread::spawn(move || stdout.lines().map_while(Result::ok).collect::<Vec<String>>());
-        let mut said = Vec::new();
-        if let (Some(stderr), Some(progress)) = (child.stderr.take(), progress) {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                progress(line.trim());
-                said.push(line);
-            }
-        }
-        let messages = messages.join().map_err(|_| "reading cargo's messages failed".to_owned())?;
-        if !child.wait().map_err(io)?.success() {
-            let Some(first) = said.iter().position(|l| l.starts_with("error")) else {
-                return Err("the library does not compile; cargo's message is above".into());
-            };
-            return Err(format!("the library does not compile:\n{}", said[first..].join("\n")));
-        }
-        Template::assemble(layout, &toolchain, &workspace, &fingerprint, &messages)
+        // Another clone of the repository has this target directory too: the shared object has one name for both.
+        let mut clean = toolchain.cargo_command();
+        clean.current_dir(&workspace).args(["clean", "--quiet", "-p", "tunebook-toolkit", "--target", &toolchain.host]);
+        clean.env("CARGO_TARGET_DIR", &layout.target).status().map_err(|e| format!("cargo clean: {e}"))?;
+        let messages = compile(layout, &toolchain, &workspace, &mut progress)?;
+        Template::assemble(layout, &toolchain, &workspace, &fingerprint, &messages)?.ok_or_else(|| {
+            let target = layout.target.display();
+            format!("what is compiled in {target} does not fit together: remove that directory, or set CARGO_TARGET_DIR to another")
+        })
     }
 
-    /// Puts together what cargo has made.
+    /// Puts together what cargo has made; `None` when it does not fit together.
     fn assemble(
         layout: &Layout,
         toolchain: &Toolchain,
         workspace: &Path,
         fingerprint: &str,
         messages: &[String],
-    ) -> Result<Template, String> {
+    ) -> Result<Option<Template>, String> {
         let io = |e: std::io::Error| format!("{}: {e}", layout.home().display());
         let templates = layout.home().join("templates");
         fs::create_dir_all(&templates).map_err(io)?;
@@ -189,6 +178,10 @@ impl Template {
             name.map(|n| n.to_string_lossy().into_owned()).ok_or_else(|| format!("cargo made no {what}"))
         };
         let toolkit = found("shared object of the toolkit", toolkit)?;
+        let library = found("library", library)?;
+        if !agree(toolchain, &deps, &toolkit, &library)? {
+            return Ok(None);
+        }
         if let Err(e) = link_stub::write(&deps.join(&toolkit), &new.path().join(STUB)) {
             let _ = fs::remove_dir_all(new.path().join(STUB));
             eprintln!("cells are linked with the whole library, which takes a little longer: {e}");
@@ -196,7 +189,7 @@ impl Template {
         let description = json!({
             "toolchain": toolchain.to_json(),
             "toolkit": toolkit,
-            "library": found("library", library)?,
+            "library": library,
         });
 
         // rust-analyzer reads a copy of the sources: those that were compiled, without a walk through the repository.
@@ -214,8 +207,58 @@ impl Template {
         let _ = fs::remove_dir_all(&dir);
         fs::rename(new.keep(), &dir).map_err(io)?;
         remove_others(&templates, fingerprint);
-        Template::load(&dir).ok_or_else(|| format!("{}: the template is incomplete", dir.display()))
+        Template::load(&dir).map(Some).ok_or_else(|| format!("{}: the template is incomplete", dir.display()))
     }
+}
+
+/// Lets cargo compile the workspace: its messages.
+fn compile(
+    layout: &Layout,
+    toolchain: &Toolchain,
+    workspace: &Path,
+    progress: &mut Option<&mut dyn FnMut(&str)>,
+) -> Result<Vec<String>, String> {
+    let mut command = toolchain.cargo_command();
+    command.current_dir(workspace).args(["build", "--message-format=json-render-diagnostics"]);
+    command.args(["--target", &toolchain.host]);
+    command.env("CARGO_TARGET_DIR", &layout.target).stdout(Stdio::piped());
+    if progress.is_some() {
+        command.stderr(Stdio::piped());
+    }
+    let mut child = command.spawn().map_err(|e| format!("{}: {e}", toolchain.cargo.display()))?;
+    let stdout = BufReader::new(child.stdout.take().expect("piped"));
+    let messages = std::thread::spawn(move || stdout.lines().map_while(Result::ok).collect::<Vec<String>>());
+    let mut said = Vec::new();
+    if let (Some(stderr), Some(progress)) = (child.stderr.take(), progress.as_mut()) {
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            progress(line.trim());
+            said.push(line);
+        }
+    }
+    let messages = messages.join().map_err(|_| "reading cargo's messages failed".to_owned())?;
+    if !child.wait().map_err(|e| format!("{}: {e}", toolchain.cargo.display()))?.success() {
+        let Some(first) = said.iter().position(|l| l.starts_with("error")) else {
+            return Err("the library does not compile; cargo's message is above".into());
+        };
+        return Err(format!("the library does not compile:\n{}", said[first..].join("\n")));
+    }
+    Ok(messages)
+}
+
+/// Whether rustc takes the shared object and the library for parts of one compilation.
+fn agree(toolchain: &Toolchain, deps: &Path, toolkit: &str, library: &str) -> Result<bool, String> {
+    let io = |e: std::io::Error| format!("{}: {e}", toolchain.rustc.display());
+    let mut rustc = user_command(&toolchain.rustc);
+    rustc.args(["--crate-name=agree", "--crate-type=rlib", "--emit=metadata", "--edition=2024", FLAGS, "--out-dir"]);
+    rustc.arg(deps.with_file_name("agree")).arg("-L").arg(format!("dependency={}", deps.display()));
+    for (name, file) in [("tunebook_toolkit", toolkit), ("tunebook", library)] {
+        rustc.arg("--extern").arg(format!("{name}={}", deps.join(file).display()));
+    }
+    rustc.arg("-").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = rustc.spawn().map_err(io)?;
+    let source = "extern crate tunebook_toolkit; extern crate tunebook;";
+    child.stdin.take().expect("piped").write_all(source.as_bytes()).map_err(io)?;
+    Ok(child.wait().map_err(io)?.success())
 }
 
 /// The directory of workspaces, with the repository's configuration of cargo: a target directory may be elsewhere.
