@@ -711,45 +711,37 @@ pub trait Ops {
     /// # Errors
     /// What the device reports.
     fn run(&mut self, op: &Op, scratch: Scratch) -> Result<()> {
-        dispatch(self, op, scratch)
-    }
-}
-
-/// Calls the method of an operation.
-///
-/// # Errors
-/// What the device reports.
-pub fn dispatch<O: Ops + ?Sized>(ops: &mut O, op: &Op, scratch: Scratch) -> Result<()> {
-    match op {
-        Op::LoadBatch(op) => ops.load_batch(op),
-        Op::Embedding(op) => ops.embedding(op),
-        Op::EmbeddingBackward(op) => ops.embedding_backward(op),
-        Op::AddRmsnorm(op) => ops.add_rmsnorm(op),
-        Op::Rescale(op) => ops.rescale(op),
-        Op::RmsnormBackward(op) => ops.rmsnorm_backward(op, scratch),
-        Op::Linear(op) => ops.linear(op, scratch),
-        Op::LinearBackward(op) => ops.linear_backward(op, scratch),
-        Op::LoraA(op) => ops.lora_a(op, scratch),
-        Op::LoraBackward(op) => ops.lora_backward(op, scratch),
-        Op::SplitColumns(op) => ops.split_columns(op),
-        Op::JoinColumns(op) => ops.join_columns(op),
-        Op::Rotary(op) => ops.rotary(op),
-        Op::Attention(op) => ops.attention(op),
-        Op::AttentionBackward(op) => ops.attention_backward(op, scratch),
-        Op::CachedAttention(op) => ops.cached_attention(op),
-        Op::Swiglu(op) => ops.swiglu(op),
-        Op::SwigluBackward(op) => ops.swiglu_backward(op),
-        Op::LmHeadCe(op) => ops.lm_head_ce(op, scratch),
-        Op::LmHeadLogits(op) => ops.lm_head_logits(op),
-        Op::GradNorm(op) => ops.grad_norm(op, scratch),
-        Op::AdamW(op) => ops.adamw(op),
-        Op::PageIn(op) => ops.page_in(op),
-        Op::PageOut(op) => ops.page_out(op),
-        Op::Offload(op) => ops.offload(op),
-        Op::Fetch(op) => ops.fetch(op),
-        Op::Transferred(op) => ops.transferred(op),
-        Op::Dequantize(op) => ops.dequantize(op),
-        Op::Zero(op) => ops.zero(op),
+        match op {
+            Op::LoadBatch(op) => self.load_batch(op),
+            Op::Embedding(op) => self.embedding(op),
+            Op::EmbeddingBackward(op) => self.embedding_backward(op),
+            Op::AddRmsnorm(op) => self.add_rmsnorm(op),
+            Op::Rescale(op) => self.rescale(op),
+            Op::RmsnormBackward(op) => self.rmsnorm_backward(op, scratch),
+            Op::Linear(op) => self.linear(op, scratch),
+            Op::LinearBackward(op) => self.linear_backward(op, scratch),
+            Op::LoraA(op) => self.lora_a(op, scratch),
+            Op::LoraBackward(op) => self.lora_backward(op, scratch),
+            Op::SplitColumns(op) => self.split_columns(op),
+            Op::JoinColumns(op) => self.join_columns(op),
+            Op::Rotary(op) => self.rotary(op),
+            Op::Attention(op) => self.attention(op),
+            Op::AttentionBackward(op) => self.attention_backward(op, scratch),
+            Op::CachedAttention(op) => self.cached_attention(op),
+            Op::Swiglu(op) => self.swiglu(op),
+            Op::SwigluBackward(op) => self.swiglu_backward(op),
+            Op::LmHeadCe(op) => self.lm_head_ce(op, scratch),
+            Op::LmHeadLogits(op) => self.lm_head_logits(op),
+            Op::GradNorm(op) => self.grad_norm(op, scratch),
+            Op::AdamW(op) => self.adamw(op),
+            Op::PageIn(op) => self.page_in(op),
+            Op::PageOut(op) => self.page_out(op),
+            Op::Offload(op) => self.offload(op),
+            Op::Fetch(op) => self.fetch(op),
+            Op::Transferred(op) => self.transferred(op),
+            Op::Dequantize(op) => self.dequantize(op),
+            Op::Zero(op) => self.zero(op),
+        }
     }
 }
 
