@@ -10,6 +10,7 @@ prepare_model_for_kbit_training, bf16 autocast, SDPA. One JSON line for each run
 
 import argparse
 import json
+import os
 import statistics
 import time
 
@@ -34,7 +35,6 @@ def quantize(model, device):
                 child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
             ).to(device)
             setattr(parent, name, new)
-            del child
     # What prepare_model_for_kbit_training looks for.
     model.is_loaded_in_4bit = True
     model.config.quantization_config = None
@@ -43,8 +43,6 @@ def quantize(model, device):
 def process_mib():
     """This process on the card, as nvidia-smi shows it."""
     try:
-        import os
-
         import pynvml
 
         pynvml.nvmlInit()

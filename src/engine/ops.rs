@@ -706,11 +706,20 @@ pub trait Ops {
     fn dequantize(&mut self, op: &Dequantize) -> Result<()>;
     fn zero(&mut self, op: &Zero) -> Result<()>;
 
+    /// Called before each operation: whatever waits may be started.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn before(&mut self, _: &Op) -> Result<()> {
+        Ok(())
+    }
+
     /// Executes one operation.
     ///
     /// # Errors
     /// What the device reports.
     fn run(&mut self, op: &Op, scratch: Scratch) -> Result<()> {
+        self.before(op)?;
         match op {
             Op::LoadBatch(op) => self.load_batch(op),
             Op::Embedding(op) => self.embedding(op),

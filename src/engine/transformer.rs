@@ -286,13 +286,18 @@ impl<'a> Pass<'a> {
         (out, rstd)
     }
 
-    /// Decodes the 4-bit weights that both the recomputation and the backward pass of layer `l` read.
-    fn decode(&mut self, l: usize) {
+    /// The places of the modules whose decoded weights are kept.
+    fn kept(&self) -> Vec<usize> {
+        let all = places(self.spec).iter().zip(kept_modules(self.spec));
+        all.filter(|(_, (name, _))| self.cfg.keeps_dequantized(name)).map(|(&place, _)| place).collect()
+    }
+
+    /// Decodes those of the 4-bit weights in the places `kept` that both the recomputation and the backward pass of layer `l` read.
+    fn decode(&mut self, l: usize, kept: &[usize]) {
         let mut linears = self.layout.layers[l].linears;
-        // Not the last: its product is not recomputed.
-        for (&m, (name, _)) in places(self.spec).iter().zip(kept_modules(self.spec)) {
+        for &m in kept {
             let Some(linear) = &mut linears[m] else { continue };
-            if matches!(linear.weight, Weight::Nf4 { .. }) && self.cfg.keeps_dequantized(&name) {
+            if matches!(linear.weight, Weight::Nf4 { .. }) {
                 let (weight, in_features) = (linear.weight, linear.in_features);
                 let lora = self.beside(l, m);
                 let row = lora.map_or(in_features, |b| b.row());
@@ -571,7 +576,7 @@ impl<'a> Pass<'a> {
             accumulate: false,
             grad,
         }));
-        let mut fetched = None;
+        let (mut fetched, kept) = (None, self.kept());
         for l in (0..self.spec.num_hidden_layers).rev() {
             if !self.trained_before(l, 4) {
                 break;
@@ -582,9 +587,7 @@ impl<'a> Pass<'a> {
                 fetched = self.fetch(l - 1);
             }
             let acts = if l < recomputed {
-                if self.cfg.keep_dequantized {
-                    self.decode(l);
-                }
+                self.decode(l, &kept);
                 self.layer(l, next.unwrap_or(acts[l].input), None, false).0
             } else {
                 acts[l]

@@ -633,7 +633,9 @@ impl PlanBuilder {
         self
     }
 
-    /// The same for the modules with these names alone (`q_proj`, `up_proj`; not `down_proj`, whose product is not recomputed): what fits.
+    /// The same for the modules with these names alone (`q_proj`, `up_proj`), where not all fit: of each, `out_features x in_features`
+    /// elements of the compute dtype. Not `down_proj`, whose product is not recomputed. [`build`](Self::build) refuses names that the
+    /// model does not have.
     pub fn keep_dequantized_modules<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.config.keep_dequantized = true;
         self.config.keep_dequantized_modules = Some(names.into_iter().map(Into::into).collect());

@@ -76,7 +76,7 @@ pub fn uninstall(layout: &Layout, place: &Place) -> Result<(), String> {
 /// As [`install`].
 pub fn lab(layout: &Layout, arguments: &[String]) -> Result<(), String> {
     install(layout, &Place::Environment)?;
-    settings(&environment(layout).join("share/jupyter/lab/settings/overrides.json"));
+    settings(&environment(layout).join("share/jupyter/lab/settings"));
     let mut jupyter = Command::new(environment(layout).join("bin/jupyter"));
     jupyter.arg("lab").arg(format!("--notebook-dir={}", layout.repository.join("notebooks").display()));
     // SAFETY: no arguments, no failure.
@@ -88,12 +88,13 @@ pub fn lab(layout: &Layout, arguments: &[String]) -> Result<(), String> {
 }
 
 /// No question about news over the first notebook, and no look for newer versions of what is pinned here. Settings that are there already stay.
-fn settings(file: &Path) {
+fn settings(dir: &Path) {
     let quiet =
         json!({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}});
+    let file = dir.join("overrides.json");
     if !file.exists() {
         // JupyterLab works without, and asks.
-        let _ = file.parent().map(fs::create_dir_all).and_then(Result::ok).map(|()| fs::write(file, quiet.to_string()));
+        let _ = fs::create_dir_all(dir).and_then(|()| fs::write(file, quiet.to_string()));
     }
 }
 

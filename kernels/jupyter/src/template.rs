@@ -4,7 +4,7 @@
 //! compiled once for all. Kernels use it where it is, read-only; it is named by a fingerprint of what it was made from.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -110,7 +110,7 @@ impl Template {
     ///
     /// # Errors
     /// What does not compile; a full disk.
-    pub fn build(layout: &Layout, progress: Option<&mut dyn FnMut(&str)>) -> Result<Template, String> {
+    pub fn build(layout: &Layout, mut progress: Option<&mut dyn FnMut(&str)>) -> Result<Template, String> {
         let io = |e: std::io::Error| format!("{}: {e}", layout.home().display());
         let toolchain = Toolchain::ask(&layout.repository)?;
         fs::create_dir_all(layout.home()).map_err(io)?;
@@ -126,7 +126,6 @@ impl Template {
         write_manifest(&workspace, layout, "")?;
         fs::copy(layout.repository.join("Cargo.lock"), workspace.join("Cargo.lock")).map_err(io)?;
 
-        let mut progress = progress;
         let messages = compile(layout, &toolchain, &workspace, &mut progress)?;
         if let Some(template) = Template::assemble(layout, &toolchain, &workspace, &fingerprint, &messages)? {
             return Ok(template);
@@ -248,17 +247,15 @@ fn compile(
 /// Whether rustc takes the shared object and the library for parts of one compilation.
 fn agree(toolchain: &Toolchain, deps: &Path, toolkit: &str, library: &str) -> Result<bool, String> {
     let io = |e: std::io::Error| format!("{}: {e}", toolchain.rustc.display());
+    let dir = tempfile::tempdir().map_err(io)?;
+    fs::write(dir.path().join("agree.rs"), "extern crate tunebook_toolkit; extern crate tunebook;").map_err(io)?;
     let mut rustc = user_command(&toolchain.rustc);
-    rustc.args(["--crate-name=agree", "--crate-type=rlib", "--emit=metadata", "--edition=2024", FLAGS, "--out-dir"]);
-    rustc.arg(deps.with_file_name("agree")).arg("-L").arg(format!("dependency={}", deps.display()));
+    rustc.args(["--crate-type=rlib", "--emit=metadata", "--edition=2024", FLAGS, "agree.rs"]).current_dir(dir.path());
+    rustc.arg("-L").arg(format!("dependency={}", deps.display()));
     for (name, file) in [("tunebook_toolkit", toolkit), ("tunebook", library)] {
         rustc.arg("--extern").arg(format!("{name}={}", deps.join(file).display()));
     }
-    rustc.arg("-").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = rustc.spawn().map_err(io)?;
-    let source = "extern crate tunebook_toolkit; extern crate tunebook;";
-    child.stdin.take().expect("piped").write_all(source.as_bytes()).map_err(io)?;
-    Ok(child.wait().map_err(io)?.success())
+    Ok(rustc.output().map_err(io)?.status.success())
 }
 
 /// The directory of workspaces, with the repository's configuration of cargo: a target directory may be elsewhere.

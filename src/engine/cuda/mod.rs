@@ -292,12 +292,9 @@ impl Backend for CudaOps {
 }
 
 impl Ops for CudaOps {
-    fn run(&mut self, op: &Op, scratch: Scratch) -> Result<()> {
+    fn before(&mut self, op: &Op) -> Result<()> {
         // Modules wait for their siblings alone: what comes next may read or overwrite what is theirs.
-        if !matches!(op, Op::Linear(_)) {
-            self.launch_ones()?;
-        }
-        dispatch(self, op, scratch)
+        if matches!(op, Op::Linear(_)) { Ok(()) } else { self.launch_ones() }
     }
     fn load_batch(&mut self, op: &LoadBatch) -> Result<()> {
         let batch = self.batch.take().ok_or_else(|| Error::new("no batch was given to the engine"))?;
