@@ -1,0 +1,133 @@
+"""Steps of Unsloth on the shape of Mistral-7B, timed as `tunebook-bench train-step` times ours.
+
+    python benches/peers/unsloth_qlora.py --batch 4 --seq 512 --r 64 --steps 50 --runs 3
+    tunebook-bench train-step --random-weights --device cuda --batch 4 --seq 512 --r 64 --optimizer adamw_8bit --keep-dequantized --steps 50
+
+Both: random weights, NF4 with nested scales, LoRA on the seven projections of each layer, every layer's input the only thing kept (Unsloth's own
+gradient checkpointing moves it to the host; `--checkpointing plain` leaves it on the card), 8-bit AdamW, clipping, one step after the other
+without a trainer. A checkpoint of random weights is written to `--dir` first (14.5 GB; memory will do: /dev/shm). One JSON line for each run.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+import unsloth  # before transformers, which it patches
+import bitsandbytes as bnb
+import peft
+import safetensors.torch
+import torch
+import transformers
+from unsloth import FastLanguageModel
+
+
+def write_checkpoint(path, layers):
+    """Mistral-7B's shape with random weights, and a tokenizer that knows no words."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+
+    config = MistralConfig(num_hidden_layers=layers, sliding_window=4096, use_cache=False, max_position_embeddings=32768)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>"] + [f"t{i}" for i in range(3, config.vocab_size)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    ).save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()
+
+
+def process_mib():
+    """This process on the card, as nvidia-smi shows it."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+    return mine[0] >> 20 if mine else None
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name, default in [("batch", 4), ("seq", 512), ("r", 64), ("layers", 32), ("steps", 50), ("runs", 3), ("warmup", 5)]:
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--checkpointing", choices=["unsloth", "plain", "none"], default="unsloth")
+    parser.add_argument("--dir", default="/dev/shm/mistral-7b-random", help="where the checkpoint is, or is written")
+    parser.add_argument("--write-only", action="store_true", help="write the checkpoint and stop: its writing takes memory of the card")
+    args = parser.parse_args()
+    if not (pathlib.Path(args.dir) / "config.json").exists():
+        write_checkpoint(args.dir, args.layers)
+    if args.write_only:
+        return
+    begin = time.perf_counter()
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=args.dir, max_seq_length=max(args.seq, 2048), dtype=torch.bfloat16, load_in_4bit=True, fix_tokenizer=False
+    )
+    torch.cuda.synchronize()
+    load_seconds = time.perf_counter() - begin
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=args.r,
+        lora_alpha=16,
+        lora_dropout=args.dropout,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        bias="none",
+        use_gradient_checkpointing={"unsloth": "unsloth", "plain": True, "none": False}[args.checkpointing],
+        random_state=0,
+    )
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=args.checkpointing != "none")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.AdamW8bit(trained, lr=2e-4)
+    ids = torch.randint(3, 32000, (args.batch, args.seq), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return loss.item()
+
+    first = step()
+    for _ in range(args.warmup - 1):
+        step()
+    for run in range(args.runs):
+        seconds = []
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            last = step()
+            seconds.append(time.perf_counter() - begin)
+        tokens = args.batch * args.seq
+        line = {
+            "peer": "Unsloth",
+            "versions": {m.__name__: m.__version__ for m in (unsloth, transformers, peft, bnb, torch)},
+            "device": torch.cuda.get_device_name(),
+            "batch": args.batch,
+            "seq": args.seq,
+            "r": args.r,
+            "dropout": args.dropout,
+            "checkpointing": args.checkpointing,
+            "run": run + 1,
+            "steps": args.steps,
+            "tokens_per_s_median": round(tokens / statistics.median(seconds), 1),
+            "tokens_per_s_best": round(tokens / min(seconds), 1),
+            "process_mib": process_mib(),
+            "load_seconds": round(load_seconds, 2),
+            "loss_first": round(first, 4),
+            "loss_last": round(last, 4),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
