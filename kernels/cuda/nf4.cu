@@ -6,9 +6,9 @@
 //
 // nf4_quantize_{f32,bf16,f16}: 256 threads, any grid; 8 elements a thread.
 // nf4_absmax_mean:             256 threads, at most MEAN_BLOCKS thread blocks.
-// nf4_absmax_nest:             256 threads per nested block, any grid.
-// nf4_dequantize[_nested]:     256 threads, ceil(n / 4096) thread blocks or more; `out` and `packed` aligned to 16 bytes; n below 2^34. On the
-//                              way the scaled B of a LoRA pair is laid beside the rows: a launch less.
+// nf4_absmax_nest:             256 threads, any grid; a warp has a nested block at a time.
+// nf4_dequantize[_nested]:     256 threads, any grid (of one block at least); `out` and `packed` aligned to 16 bytes; n below 2^34. On the way
+//                              the scaled B of a LoRA pair is laid beside the rows: a launch less.
 #include "common.cuh"
 #include "dynamic_map.cuh"
 #include "low_rank.cuh"
@@ -36,47 +36,69 @@ struct Bf16 {
 struct F16 {
     u16 bits;
 };
-__device__ __forceinline__ float read_f32(const float* p) { return *p; }
-__device__ __forceinline__ float read_f32(const Bf16* p) { return bf16_to_f32(p->bits); }
-__device__ __forceinline__ float read_f32(const F16* p) { return f16_to_f32(p->bits); }
-
-// 16-byte loads.
-__device__ __forceinline__ void read8(const float* p, float (&v)[8]) {
-    Words a = ((const Words*)p)[0], b = ((const Words*)p)[1];
+// Eight elements as they lie in memory, and as numbers.
+template <typename T>
+struct Raw {
+    u32 w[2 * sizeof(T)];
+};
+__device__ __forceinline__ void unpack(const Raw<float>& raw, float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __uint_as_float(raw.w[i]);
+}
+__device__ __forceinline__ void unpack(const Raw<Bf16>& raw, float (&v)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        v[i] = __uint_as_float(a.w[i]);
-        v[4 + i] = __uint_as_float(b.w[i]);
+        v[2 * i] = __uint_as_float(raw.w[i] << 16);
+        v[2 * i + 1] = __uint_as_float(raw.w[i] & 0xffff0000u);
     }
 }
-__device__ __forceinline__ void read8(const Bf16* p, float (&v)[8]) {
-    Words a = *(const Words*)p;
+__device__ __forceinline__ void unpack(const Raw<F16>& raw, float (&v)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        v[2 * i] = __uint_as_float(a.w[i] << 16);
-        v[2 * i + 1] = __uint_as_float(a.w[i] & 0xffff0000u);
+        v[2 * i] = f16_to_f32((u16)raw.w[i]);
+        v[2 * i + 1] = f16_to_f32((u16)(raw.w[i] >> 16));
     }
 }
-__device__ __forceinline__ void read8(const F16* p, float (&v)[8]) {
-    Words a = *(const Words*)p;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        v[2 * i] = f16_to_f32((u16)a.w[i]);
-        v[2 * i + 1] = f16_to_f32((u16)(a.w[i] >> 16));
-    }
-}
+__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ u32 bits_of(Bf16 x) { return x.bits; }
+__device__ __forceinline__ u32 bits_of(F16 x) { return x.bits; }
 
 // Elements e to e + 8 of x [n]; zeros past the end.
 template <typename T>
-__device__ __forceinline__ void read_input(const T* x, u64 e, u64 n, bool aligned, float (&v)[8]) {
+__device__ __forceinline__ Raw<T> read_input(const T* x, u64 e, u64 n, bool aligned) {
+    Raw<T> raw = {};
     if (aligned && e + 8 <= n) {
-        read8(x + e, v);
-    } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = e + i < n ? read_f32(x + e + i) : 0.0f;
+        for (int part = 0; part < (int)sizeof(T) / 2; part++) {
+            Words words = ((const Words*)(x + e))[part];
+#pragma unroll
+            for (int i = 0; i < 4; i++) raw.w[4 * part + i] = words.w[i];
+        }
+    } else {
+        const int per_word = 4 / sizeof(T);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (e + i < n) raw.w[i / per_word] |= bits_of(x[e + i]) << (i % per_word * (int)sizeof(T) * 8);
     }
+    return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack_flushed(const Raw<T>& raw, float (&v)[8]) {
+    unpack(raw, v);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = flush_input(v[i]);
+}
+
+// The largest magnitude by its bits: NaN is larger than all else.
+__device__ __forceinline__ u32 largest_of(const float (&v)[8]) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        u32 magnitude = __float_as_uint(v[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
 }
 
 // A number from -1 to 1 times 15.5, rounded down, is one of 32 cells from -16 to 15, so narrow that each holds one
@@ -128,57 +150,93 @@ __device__ __forceinline__ u32 encode_fp4(float s) {
     return ((0x32547610u >> (4 * magnitude)) & 7u) | (s < 0.0f ? 8u : 0u);
 }
 
-// `lanes` neighbouring threads (a power of two, 32 at most) have a block, 8 elements each at a time.
+// Eight codes of elements times `reciprocal`; `zero`: of a block of zeros.
+__device__ __forceinline__ u32 encode_word(const Cells& cells, const float (&v)[8], float reciprocal, bool zero, u32 quant_type) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float s = __fmul_rn(v[i], reciprocal);
+        u32 code = quant_type == FP4 ? encode_fp4(s) : encode_nf4(cells, s);
+        word |= code << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
+    }
+    return zero ? 0 : word;
+}
+
+__device__ __forceinline__ void store_word(u8* packed, u64 e, u64 n, u32 word) {
+    if (e + 8 <= n) {
+        *(u32*)(packed + e / 2) = word;
+    } else {
+        for (u64 j = e; j < n; j += 2) packed[j / 2] = (u8)(word >> (4 * (u32)(j - e)));
+    }
+}
+
+// The largest of `lanes` neighbouring threads, a power of two, 32 at most.
+__device__ __forceinline__ u32 lanes_max(u32 x, u32 lanes) {
+#pragma unroll
+    for (u32 d = WARP / 2; d > 0; d >>= 1) {
+        if (d >= lanes) continue;
+        u32 other = __shfl_xor_sync(FULL_MASK, x, d);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// Blocks of 256 elements at most: neighbouring threads have one, 8 elements each. What comes next is on its way while this is encoded.
 template <typename T>
-__device__ __forceinline__ void quantize(const T* src, u64 n, u32 blocksize, u32 quant_type, u8* packed,
-                                         float* absmax) {
+__device__ __forceinline__ void quantize_short(const T* src, u64 n, u32 blocksize, u32 quant_type, u8* packed, float* absmax,
+                                               const Cells& cells, bool aligned) {
+    u32 lanes = blocksize / 8, lane = threadIdx.x % WARP, shift = (u32)__ffs((int)blocksize) - 1;
+    u64 step = (u64)gridDim.x * (256 * 8), e = ((u64)blockIdx.x * 256 + threadIdx.x) * 8;
+    Raw<T> next = read_input(src, e, n, aligned);
+    // The lanes of a warp leave together.
+    for (; e - lane * 8 < n; e += step) {
+        float v[8];
+        unpack_flushed(next, v);
+        next = read_input(src, e + step, n, aligned);
+        u32 largest = lanes_max(largest_of(v), lanes);
+        if ((lane & (lanes - 1)) == 0 && e < n) absmax[e >> shift] = __uint_as_float(largest);
+        // Multiplied by the reciprocal, not divided: some codes differ. In an all-zero block 0 * inf is NaN: code 0.
+        float reciprocal = __frcp_rn(__uint_as_float(largest));
+        store_word(packed, e, n, encode_word(cells, v, reciprocal, largest == 0, quant_type));
+    }
+}
+
+// Longer ones: a warp has one, and reads it twice.
+template <typename T>
+__device__ __forceinline__ void quantize_long(const T* src, u64 n, u32 blocksize, u32 quant_type, u8* packed, float* absmax,
+                                              const Cells& cells, bool aligned) {
+    u32 rounds = blocksize / (8 * WARP), lane = threadIdx.x % WARP, step = gridDim.x * (256 / WARP);
+    u32 blocks = (u32)((n + blocksize - 1) / blocksize);
+    for (u32 b = blockIdx.x * (256 / WARP) + threadIdx.x / WARP; b < blocks; b += step) {
+        u64 start = (u64)b * blocksize + lane * 8;
+        float v[8];
+        u32 largest = 0;
+        for (u32 r = 0; r < rounds; r++) {
+            unpack_flushed(read_input(src, start + r * (WARP * 8), n, aligned), v);
+            u32 other = largest_of(v);
+            largest = other > largest ? other : largest;
+        }
+        largest = lanes_max(largest, WARP);
+        if (lane == 0) absmax[b] = __uint_as_float(largest);
+        float reciprocal = __frcp_rn(__uint_as_float(largest));
+        for (u32 r = 0; r < rounds; r++) {
+            u64 e = start + r * (WARP * 8);
+            unpack_flushed(read_input(src, e, n, aligned), v);
+            store_word(packed, e, n, encode_word(cells, v, reciprocal, largest == 0, quant_type));
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void quantize(const T* src, u64 n, u32 blocksize, u32 quant_type, u8* packed, float* absmax) {
     __shared__ Cells cells;
     if (threadIdx.x < 32) make_cell(cells, threadIdx.x);
     __syncthreads();
-    u32 lanes = blocksize < 8 * WARP ? blocksize / 8 : WARP;
-    u32 rounds = blocksize / (8 * lanes), per_warp = WARP / lanes;
-    u32 lane = threadIdx.x % WARP, part = lane % lanes;
-    u32 blocks = (u32)((n + blocksize - 1) / blocksize), step = gridDim.x * (256 / WARP) * per_warp;
     bool aligned = (u64)src % 16 == 0;
-    for (u32 first = (blockIdx.x * (256 / WARP) + threadIdx.x / WARP) * per_warp; first < blocks; first += step) {
-        u32 b = first + lane / lanes;
-        u64 start = (u64)b * blocksize + part * 8;
-        float v[8];
-        // The largest by its bits: NaN is larger than all else.
-        u32 largest = 0;
-        for (u32 r = 0; r < rounds; r++) {
-            read_input(src, start + r * lanes * 8, n, aligned, v);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                u32 magnitude = __float_as_uint(v[i]) & 0x7fffffffu;
-                largest = magnitude > largest ? magnitude : largest;
-            }
-        }
-        for (u32 d = lanes / 2; d > 0; d >>= 1) {
-            u32 other = __shfl_xor_sync(FULL_MASK, largest, d);
-            largest = other > largest ? other : largest;
-        }
-        if (part == 0 && b < blocks) absmax[b] = __uint_as_float(largest);
-        // Multiplied by the reciprocal, not divided: some codes differ. In an all-zero block 0 * inf is NaN: code 0.
-        float reciprocal = __fdiv_rn(1.0f, __uint_as_float(largest));
-        for (u32 r = 0; r < rounds; r++) {
-            u64 e = start + r * lanes * 8;
-            if (rounds > 1) read_input(src, e, n, aligned, v);
-            u32 word = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float s = __fmul_rn(v[i], reciprocal);
-                u32 code = quant_type == FP4 ? encode_fp4(s) : encode_nf4(cells, s);
-                word |= code << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
-            }
-            if (largest == 0) word = 0;
-            if (e + 8 <= n) {
-                *(u32*)(packed + e / 2) = word;
-            } else {
-                for (u64 j = e; j < n; j += 2) packed[j / 2] = (u8)(word >> (4 * (u32)(j - e)));
-            }
-        }
-    }
+    if (blocksize <= 8 * WARP)
+        quantize_short(src, n, blocksize, quant_type, packed, absmax, cells, aligned);
+    else
+        quantize_long(src, n, blocksize, quant_type, packed, absmax, cells, aligned);
 }
 
 // src: [n], a tensor or the part of it that starts at some block; packed: u8 [ceil(n / 2)], aligned to 4 bytes; absmax:
@@ -196,7 +254,7 @@ QUANTIZE(nf4_quantize_f16, F16)
 // ---------------------------------------------------------------------------------------------------------- nested
 
 #define MEAN_TILE 2048
-#define MEAN_BLOCKS 64
+#define MEAN_BLOCKS 256
 
 // What the thread blocks of nf4_absmax_mean hand to the last of them, which leaves `mean_done` at zero.
 __device__ double mean_sums[MEAN_BLOCKS];
@@ -286,22 +344,23 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* a
                                                                   u32 nested_blocksize, u8* codes, float* scales) {
     after_previous();
     __shared__ float thresholds[256];
-    __shared__ float shared[32];
     thresholds[threadIdx.x] = dynamic_threshold(threadIdx.x, dynamic_value(threadIdx.x, true),
                                                 dynamic_value(threadIdx.x < 255 ? threadIdx.x + 1 : 255, true));
     __syncthreads();
     float mean = offset[0];
-    u32 blocks = (n + nested_blocksize - 1) / nested_blocksize;
-    for (u32 b = blockIdx.x; b < blocks; b += gridDim.x) {
+    u32 blocks = (n + nested_blocksize - 1) / nested_blocksize, lane = threadIdx.x % WARP;
+    for (u32 b = blockIdx.x * (256 / WARP) + threadIdx.x / WARP; b < blocks; b += gridDim.x * (256 / WARP)) {
         u32 start = b * nested_blocksize;
         u32 end = n - start < nested_blocksize ? n : start + nested_blocksize;
         float largest = 0.0f;
-        for (u32 i = start + threadIdx.x; i < end; i += 256)
+#pragma unroll 8
+        for (u32 i = start + lane; i < end; i += WARP)
             largest = fmaxf(largest, fabsf(flush(__fsub_rn(absmax[i], mean))));
-        largest = block_max(largest, shared);
-        if (threadIdx.x == 0) scales[b] = largest;
+        largest = warp_max(largest);
+        if (lane == 0) scales[b] = largest;
         float reciprocal = __fdiv_rn(1.0f, largest);
-        for (u32 i = start + threadIdx.x; i < end; i += 256) {
+#pragma unroll 8
+        for (u32 i = start + lane; i < end; i += WARP) {
             float x = __fmul_rn(flush(__fsub_rn(absmax[i], mean)), reciprocal);
             codes[i] = (u8)dynamic_encode(thresholds, x);
         }
@@ -310,10 +369,12 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* a
 
 // ------------------------------------------------------------------------------------------------------ dequantize
 
-// The scale of a block.
+// The scale of a block in two steps: what comes from far away, then the rest, so that many blocks' can be on their way.
 struct Plain {
     const float* absmax;
-    __device__ __forceinline__ float at(u32 block) const { return __ldg(absmax + block); }
+    typedef float Fetched;
+    __device__ __forceinline__ Fetched fetch(u32 block) const { return __ldg(absmax + block); }
+    __device__ __forceinline__ float finish(const Fetched& f) const { return f; }
 };
 
 struct Nested {
@@ -321,21 +382,37 @@ struct Nested {
     const float* scales;
     const float* offset;
     u32 nested_shift;
-    __device__ __forceinline__ float at(u32 block) const {
-        float scale = __ldg(scales + (block >> nested_shift)), mean = __ldg(offset);
-        float value = __uint_as_float(__ldg(DYNAMIC_MAP + __ldg(codes + block)));
-        return __fadd_rn(__fmul_rn(value, scale), mean);
+    struct Fetched {
+        u32 code;
+        float scale;
+    };
+    __device__ __forceinline__ Fetched fetch(u32 block) const {
+        return {__ldg(codes + block), __ldg(scales + (block >> nested_shift))};
+    }
+    __device__ __forceinline__ float finish(const Fetched& f) const {
+        return __fadd_rn(__fmul_rn(__uint_as_float(__ldg(DYNAMIC_MAP + f.code)), f.scale), __ldg(offset));
     }
 };
 
-// out[i] = level[code i of word] * absmax for i in 0..8. The sixteen levels stay in the first cache.
+// The sixteen levels in shared memory, each in a bank of its own; an address that is a multiple of 64 takes an offset by `or`.
+struct Levels {
+    u32 base;
+    // The level whose number stands in the bits 2 to 5 of `bits`.
+    __device__ __forceinline__ float at(u32 bits) const {
+        float level;
+        asm("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"((bits & 60u) | base));
+        return level;
+    }
+};
+
+// out[i] = level[code i of word] * absmax for i in 0..8.
 template <bool DENORMALS>
-__device__ __forceinline__ void decode_word(u32 word, float absmax, const u32* levels, elem* out) {
+__device__ __forceinline__ void decode_word(u32 word, float absmax, const Levels& levels, elem* out) {
     float v[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        u32 code = word >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15;
-        v[i] = __fmul_rn(__uint_as_float(__ldg(levels + code)), absmax);
+        const int at = i / 2 * 8 + (i % 2 == 0 ? 4 : 0) - 2;
+        v[i] = __fmul_rn(levels.at(at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)), absmax);
         if (DENORMALS) v[i] = flush(v[i]);
     }
 #pragma unroll
@@ -347,63 +424,100 @@ __device__ __forceinline__ void decode_word(u32 word, float absmax, const u32* l
     }
 }
 
-// WORDS words of eight codes for each thread, 256 words apart: what counts is loads in flight and wide stores.
+// How a decoded matrix lies in memory.
+struct Rows {
+    // Elements from row to row beyond those of a row; where there are any, a row has a multiple of 8.
+    u32 gap;
+    // 2^44 / (words of a row), rounded up: below 2^20 rows the product's upper bits are the quotient.
+    u64 reciprocal;
+    __device__ __forceinline__ u64 place(u32 word) const {
+        u64 at = (u64)word * 8;
+        return gap == 0 ? at : at + (u64)(u32)((word * reciprocal) >> 44) * gap;
+    }
+};
+
+#define THREADS 256
+// Words of eight codes for each thread, THREADS apart: what counts is loads in flight and wide stores.
 #define WORDS 2
 template <typename Scale>
-__device__ __forceinline__ void dequantize(const u8* packed, Scale scale, u64 n, u32 block_shift, u32 quant_type,
-                                           elem* out, u32 k, u32 row) {
-    const u32* levels = VALUES[quant_type];
-    u64 first = (u64)blockIdx.x * (256 * WORDS) + threadIdx.x, words = n / 8;
+struct Tile {
     u32 word[WORDS];
-    float absmax[WORDS];
+    typename Scale::Fetched fetched[WORDS];
+
+    __device__ __forceinline__ void fetch(u64 first, u32 words, const u8* packed, const Scale& scale, u32 block_shift) {
 #pragma unroll
-    for (int j = 0; j < WORDS; j++) {
-        u64 i = first + 256 * j;
-        word[j] = i < words ? __ldg((const u32*)packed + i) : 0;
-        // A word lies in one block.
-        absmax[j] = i < words ? scale.at((u32)(i >> (block_shift - 3))) : 0.0f;
+        for (int j = 0; j < WORDS; j++) {
+            // Past the end the last one once more: no branch between the loads.
+            u32 i = first + THREADS * j < words ? (u32)first + THREADS * j : words - 1;
+            word[j] = __ldg((const u32*)packed + i);
+            // A word lies in one block.
+            fetched[j] = scale.fetch(i >> (block_shift - 3));
+        }
+        // The compiler puts what needs one of them after all of them.
+        __syncwarp();
     }
+
+    __device__ __forceinline__ void decode(u32 first, u32 words, const Scale& scale, const Levels& levels, elem* out, const Rows& rows) {
 #pragma unroll
-    for (int j = 0; j < WORDS; j++) {
-        u64 i = first + 256 * j;
-        if (i >= words) continue;
-        // With rows apart, k is a multiple of 8: a word lies in one row.
-        elem* to = row == k ? out + 8 * i : out + 8 * i + (u64)((u32)i / (k / 8)) * (row - k);
-        // The smallest value that is not zero is 1/192: from 2^-118 on, no product is a denormal.
-        if (fabsf(absmax[j]) >= 3.009265538105056e-36f)
-            decode_word<false>(word[j], absmax[j], levels, to);
-        else
-            decode_word<true>(word[j], absmax[j], levels, to);
+        for (int j = 0; j < WORDS; j++) {
+            u32 i = first + THREADS * j;
+            if (i >= words) break;
+            float absmax = scale.finish(fetched[j]);
+            elem* to = out + rows.place(i);
+            // The smallest value that is not zero is 1/192: from 2^-118 on, no product is a denormal.
+            if (fabsf(absmax) >= 3.009265538105056e-36f)
+                decode_word<false>(word[j], absmax, levels, to);
+            else
+                decode_word<true>(word[j], absmax, levels, to);
+        }
     }
-    // What is left, seven elements at most.
-    u64 e = words * 8 + first;
-    if (e < n && first < 8) {
+};
+
+// What is left after the words, seven elements at most, for the first threads of the grid.
+template <typename Scale>
+__device__ __forceinline__ void dequantize_rest(u64 n, const u8* packed, const Scale& scale, u32 block_shift, const Levels& levels,
+                                                elem* out) {
+    u64 e = n / 8 * 8 + threadIdx.x;
+    if (blockIdx.x == 0 && e < n) {
         u32 code = packed[e / 2] >> (e % 2 == 0 ? 4 : 0) & 15;
-        store(out + e, flush(__fmul_rn(__uint_as_float(levels[code]), scale.at((u32)(e >> block_shift)))));
+        store(out + e, flush(__fmul_rn(levels.at(code << 2), scale.finish(scale.fetch((u32)(e >> block_shift))))));
     }
 }
 
-// out: elem [n / k, k], rows `row` elements apart (row = k unless k is a multiple of 8); blocksize = 2^block_shift; absmax: f32
-// [blocks]. Beside each row, from column k on, the columns of scaled B, unless b is null: see low_rank.cuh.
-extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const u8* packed, const float* absmax, u64 n,
-                                                                 u32 block_shift, u32 quant_type, elem* out, u32 k,
-                                                                 u32 row, const float* b, u32 r, u32 first,
-                                                                 float scaling) {
+template <typename Scale>
+__device__ __forceinline__ void dequantize(const u8* packed, const Scale& scale, u64 n, u32 block_shift, u32 quant_type, elem* out,
+                                           const Rows& rows) {
+    __shared__ __align__(64) float level[16];
+    if (threadIdx.x < 16) level[threadIdx.x] = __uint_as_float(VALUES[quant_type][threadIdx.x]);
+    __syncthreads();
+    Levels levels = {(u32)__cvta_generic_to_shared(level)};
+    u32 words = (u32)(n / 8);
+    u64 first = (u64)blockIdx.x * (THREADS * WORDS) + threadIdx.x, step = (u64)gridDim.x * (THREADS * WORDS);
+    Tile<Scale> tile;
+    for (; first - threadIdx.x < words; first += step) {
+        tile.fetch(first, words, packed, scale, block_shift);
+        tile.decode((u32)first, words, scale, levels, out, rows);
+    }
+    dequantize_rest(n, packed, scale, block_shift, levels, out);
+}
+
+// out: elem [n / k, k], rows `row` elements apart (row = k unless k is a multiple of 8); reciprocal: of k / 8, see Rows; blocksize =
+// 2^block_shift; absmax: f32 [blocks]. Beside each row, from column k on, the columns of scaled B, unless b is null: see low_rank.cuh.
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+nf4_dequantize(const u8* packed, const float* absmax, u64 n, u32 block_shift, u32 quant_type, elem* out, u32 k, u32 row,
+               u64 reciprocal, const float* b, u32 r, u32 first, float scaling) {
     after_previous();
-    Plain scale = {absmax};
-    dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
+    dequantize(packed, Plain{absmax}, n, block_shift, quant_type, out, Rows{row - k, reciprocal});
     if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);
 }
 
 // absmax' = DYNAMIC_MAP[codes[b]] * scales[b >> nested_shift] + offset[0].
-extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(const u8* packed, const u8* codes,
-                                                                        const float* scales, const float* offset,
-                                                                        u64 n, u32 block_shift, u32 nested_shift,
-                                                                        u32 quant_type, elem* out, u32 k, u32 row,
-                                                                        const float* b, u32 r, u32 first,
-                                                                        float scaling) {
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+nf4_dequantize_nested(const u8* packed, const u8* codes, const float* scales, const float* offset, u64 n, u32 block_shift,
+                      u32 nested_shift, u32 quant_type, elem* out, u32 k, u32 row, u64 reciprocal, const float* b, u32 r, u32 first,
+                      float scaling) {
     after_previous();
     Nested scale = {codes, scales, offset, nested_shift};
-    dequantize(packed, scale, n, block_shift, quant_type, out, k, row);
+    dequantize(packed, scale, n, block_shift, quant_type, out, Rows{row - k, reciprocal});
     if (b != nullptr) beside(b, out, (u32)(n / k), r, k, first, row, scaling);
 }

@@ -40,6 +40,9 @@ pub(super) enum Scales {
     Nested { codes: u64, absmax: u64, offset: u64 },
 }
 
+/// Thread blocks of the quantizing kernels that a multiprocessor has room for.
+const QUANTIZING: usize = 6;
+
 /// `source [n]` of `dtype` to `packed`, u8 `[ceil(n / 2)]`, and `absmax`, f32 `[blocks]`. A tensor may come in parts of
 /// whole blocks. Where an element is not finite its block's absmax is not: see [`check_scales`].
 pub(super) fn quantize(
@@ -62,8 +65,8 @@ pub(super) fn quantize(
         Arg::Ptr(packed),
         Arg::Ptr(absmax),
     ];
-    // Eight elements a thread, whole blocks a warp; four rounds of that for a thread block, which fills a table first.
-    let grid = [n.div_ceil(256 * 8 * 4).max(1) as u32, 1, 1];
+    // Eight elements a thread, whole blocks a warp, as many thread blocks as are at work at a time.
+    let grid = [n.div_ceil(256 * 8).clamp(1, gpu.sm_count as usize * QUANTIZING) as u32, 1, 1];
     gpu.launch("nf4", kernel, Launch { grid, block: 256, shared: 0 }, &args)
 }
 
@@ -71,7 +74,7 @@ pub(super) fn quantize(
 pub(super) fn mean(gpu: &Gpu, absmax: u64, blocks: usize, mean: u64) -> Result<()> {
     let args = [Arg::Ptr(absmax), Arg::U32(blocks as u32), Arg::Ptr(mean)];
     // At most MEAN_BLOCKS of the kernel file.
-    let grid = [blocks.div_ceil(256 * 16).clamp(1, 64) as u32, 1, 1];
+    let grid = [blocks.div_ceil(256 * 16).clamp(1, 256) as u32, 1, 1];
     gpu.launch("nf4", "nf4_absmax_mean", Launch { grid, block: 256, shared: 0 }, &args)
 }
 
@@ -111,7 +114,7 @@ pub(super) fn nest(
         Arg::Ptr(codes),
         Arg::Ptr(absmax),
     ];
-    gpu.launch("nf4", "nf4_absmax_nest", strided(gpu, blocks.div_ceil(nested_blocksize)), &args)
+    gpu.launch("nf4", "nf4_absmax_nest", strided(gpu, blocks.div_ceil(nested_blocksize).div_ceil(8)), &args)
 }
 
 /// How a decoded matrix lies in memory.
@@ -153,15 +156,17 @@ pub(super) fn dequantize(
     out: u64,
     rows: Rows,
 ) -> Result<()> {
-    // A thread for two words of eight codes.
+    // Two words of eight codes a thread.
     let how = Launch { grid: [n.div_ceil(256 * 8 * 2).max(1) as u32, 1, 1], block: 256, shared: 0 };
     let (n, shift) = (Arg::U64(n as u64), Arg::U32(config.blocksize.trailing_zeros()));
     let (quant_type, out) = (Arg::U32(quant_type_code(config.quant_type)), Arg::Ptr(out));
     let packed = Arg::Ptr(packed);
     let none = ScaledB { b: 0, r: 0, first: 0, scaling: 0.0 };
     let ScaledB { b, r, first, scaling } = rows.beside.unwrap_or(none);
+    // By which the kernel divides where there is room between rows.
+    let reciprocal = (1u64 << 44).div_ceil((rows.k as u64 / 8).max(1));
     let [k, row, r, first] = [rows.k, rows.row, r, first].map(|n| Arg::U32(n as u32));
-    let rows = [k, row, Arg::Ptr(b), r, first, Arg::F32(scaling)];
+    let rows = [k, row, Arg::U64(reciprocal), Arg::Ptr(b), r, first, Arg::F32(scaling)];
     match scales {
         Scales::Plain(absmax) => {
             let args = [packed, Arg::Ptr(absmax), n, shift, quant_type, out];
