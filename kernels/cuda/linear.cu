@@ -3,6 +3,7 @@
 // cast_to_elem: y = x for two arrays; x f32, y elem.
 // dropout:      y = keep * x where the mask is set, else 0; in place allowed (y = x). Rows of x, [n / width, width], are `row`
 //               elements apart (row = width unless width is a multiple of 8).
+// dropout_kept: the same where width is a multiple of 8, and bits, u8 [n / 8], bit i % 8 of byte i / 8: the mask.
 // dropout_add:  y += keep * x where the mask is set.
 // add_bias:     y[t] += b; y [T, out], b [out]; n = T * out.
 // bias_grad:    grad += sum over t of dy[t]; dy [T, out], grad f32 or bf16 [out]. Grid: ceil(out / 32) blocks of 1024
@@ -54,6 +55,30 @@ dropout(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 
                 if (i + j < n) store(y + i + j, masked(load(x + i + j), m[j]));
             }
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+dropout_kept(const elem* x, elem* y, u64 n, u32 threshold, float keep, u64 seed, u64 micro_step, u32 module, u32 width, u32 row,
+             u8* bits) {
+    after_previous();
+    u64 step = (u64)gridDim.x * THREADS * 8;
+    for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8; i < n; i += step) {
+        const elem* from = x + i + (u64)((u32)(i / 8) / (width / 8)) * (row - width);
+        u32 byte = 0;
+#pragma unroll
+        for (int part = 0; part < 8; part += VEC) {
+            float m[VEC], v[VEC];
+            mask(m, i + part, threshold, keep, seed, micro_step, module);
+            load_vec(from + part, v);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                v[j] = masked(v[j], m[j]);
+                byte |= (m[j] == 0.0f ? 0u : 1u) << (part + j);
+            }
+            store_vec(y + i + part, v);
+        }
+        bits[i / 8] = (u8)byte;
     }
 }
 

@@ -326,6 +326,18 @@ pub struct LoraA {
     pub in_features: usize,
     /// The pairs; their columns do not overlap.
     pub adapters: Vec<Beside>,
+    /// Where each pair's dropped input is kept for [`LoraBackward`]; empty where nothing is kept.
+    pub dropped: Vec<Dropped>,
+}
+
+/// An input with a module's dropout applied, and which of its elements were kept. Written and read in training alone; `in` is a multiple
+/// of 8.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropped {
+    /// `[T, in]`.
+    pub input: TensorId,
+    /// u8 `[T, in / 8]`: bit `i % 8` of byte `i / 8` of a row stands for its element `i`.
+    pub mask: TensorId,
 }
 
 /// A module in [`LoraBackward`].
@@ -337,6 +349,8 @@ pub struct AdaptedModule {
     pub first: usize,
     /// `[T, out]`.
     pub dy: TensorId,
+    /// Its dropped input, where [`LoraA`] kept it; otherwise it is made again.
+    pub dropped: Option<Dropped>,
 }
 
 /// The adapters' gradients of modules that read the same `x`, and their part of `dx`:

@@ -97,6 +97,8 @@ struct Pass<'a> {
     decoded: Option<(usize, [Option<LinearIds>; 7])>,
     /// Where the inputs of recomputed layers wait on the host.
     offloaded: Vec<TensorId>,
+    /// The dropped inputs of the layer whose gradients come next.
+    dropped: [Option<Dropped>; 7],
 }
 
 #[derive(Clone, Copy)]
@@ -197,7 +199,20 @@ impl<'a> Pass<'a> {
             labels: (phase != Phase::Generate && phase != Phase::Logits).then(|| small("labels", DType::I32, tokens)),
         };
         let (ops, caches, offloaded) = (Vec::new(), Vec::new(), Vec::new());
-        Pass { spec, cfg, layout, regions, phase, tokens, ops, ids, caches, decoded: None, offloaded }
+        Pass {
+            spec,
+            cfg,
+            layout,
+            regions,
+            phase,
+            tokens,
+            ops,
+            ids,
+            caches,
+            decoded: None,
+            offloaded,
+            dropped: [None; 7],
+        }
     }
 
     /// An activation `[T, width]` in the compute dtype.
@@ -369,13 +384,25 @@ impl<'a> Pass<'a> {
         self.adapters(l, m).last().map_or(width, |(_, last)| last.row())
     }
 
-    /// The low-rank products of the module in place `m` and of its siblings, beside their input.
-    fn low_rank(&mut self, l: usize, m: usize, x: TensorId) {
-        let adapters: Vec<Beside> = self.adapters(l, m).into_iter().map(|(_, beside)| beside).collect();
-        if !adapters.is_empty() {
-            let in_features = self.module(l, m).in_features;
-            self.push(Op::LoraA(LoraA { x, in_features, adapters }));
+    /// The low-rank products of the module in place `m` and of its siblings, beside their input. With `keep` their gradients come next,
+    /// and find the dropped inputs.
+    fn low_rank(&mut self, l: usize, m: usize, x: TensorId, keep: bool) {
+        let places = self.adapters(l, m);
+        if places.is_empty() {
+            return;
         }
+        let in_features = self.module(l, m).in_features;
+        let keep = keep && places.iter().any(|(_, beside)| beside.lora.dropout > 0.0);
+        let mut dropped = Vec::new();
+        for &(place, _) in places.iter().filter(|_| keep) {
+            let input = self.act(&format!("layer {l} dropped {place}"), Stage::Activations, in_features);
+            let (name, shape) = (format!("layer {l} dropout mask {place}"), [self.tokens, in_features / 8]);
+            let mask = self.regions.within(self.phase, &name, Stage::Activations, DType::U8, &shape);
+            self.dropped[place] = Some(Dropped { input, mask });
+            dropped.extend(self.dropped[place]);
+        }
+        let adapters = places.into_iter().map(|(_, beside)| beside).collect();
+        self.push(Op::LoraA(LoraA { x, in_features, adapters, dropped }));
     }
 
     /// The module that stands in a place; empty places are never asked for.
@@ -430,7 +457,7 @@ impl<'a> Pass<'a> {
         let ids = self.layout.layers[l].clone();
         let row = self.input_row(l, Q, self.hidden());
         let (n1, input_rstd) = self.norm(residual, delta, ids.input_norm, &at("attention"), 1, row);
-        self.low_rank(l, Q, n1);
+        self.low_rank(l, Q, n1, !last);
         let input = delta.map_or(residual, |d| d.1);
         let offloads = last && l < self.offloaded.len();
         if offloads {
@@ -455,11 +482,11 @@ impl<'a> Pass<'a> {
         let middle = self.act(&at("middle"), Stage::Activations, self.hidden());
         let row = self.input_row(l, GATE, self.hidden());
         let (n2, middle_rstd) = self.norm(input, Some((attn, middle)), ids.post_norm, &at("mlp"), 1, row);
-        self.low_rank(l, GATE, n2);
+        self.low_rank(l, GATE, n2, !last);
         let f = self.spec.intermediate_size;
         let [gate, up] = self.side_by_side(l, GATE, n2, [("gate", f), ("up", f)], &mut xa);
         let h = self.swiglu(l, gate, up);
-        self.low_rank(l, DOWN, h);
+        self.low_rank(l, DOWN, h, !last);
         let (mut down, mut swiglu, mut mlp_out) = (None, None, None);
         // A norm after the MLP needs its input in the backward pass.
         if last || ids.mlp_out_norm.is_some() {
@@ -638,7 +665,7 @@ impl<'a> Pass<'a> {
             Some(h) => Some(h),
             None => {
                 let h = self.swiglu(l, a.gate, a.up);
-                self.low_rank(l, DOWN, h);
+                self.low_rank(l, DOWN, h, true);
                 Some(h)
             }
         };
@@ -769,8 +796,11 @@ impl<'a> Pass<'a> {
     ) -> bool {
         let adapted: Vec<AdaptedModule> = modules
             .iter()
-            .filter_map(|&(m, linear, dy)| Some(AdaptedModule { linear, first: self.beside(l, m)?.first, dy }))
+            .filter_map(|&(m, linear, dy)| {
+                Some(AdaptedModule { linear, first: self.beside(l, m)?.first, dy, dropped: self.dropped[m] })
+            })
             .collect();
+        modules.iter().for_each(|&(m, ..)| self.dropped[m] = None);
         let (Some(x), Some(first)) = (x, adapted.first()) else { return false };
         let in_features = first.linear.in_features;
         self.push(Op::LoraBackward(LoraBackward { x, in_features, modules: adapted, dx }));
@@ -812,7 +842,7 @@ impl<'a> Pass<'a> {
         let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, row);
         let offset = self.spec.norm_offset();
         self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, offset, out }));
-        self.low_rank(l, m, out);
+        self.low_rank(l, m, out, true);
         Some(out)
     }
 

@@ -61,12 +61,14 @@ impl Op {
             Op::LoraA(o) => {
                 add(&[o.x]);
                 o.adapters.iter().for_each(|m| add(&[m.lora.a]));
+                o.dropped.iter().for_each(|d| add(&[d.input, d.mask]));
             }
             Op::LoraBackward(o) => {
                 add(&[o.x]);
                 add(o.dx.as_slice());
                 for m in &o.modules {
                     add(&[m.dy]);
+                    m.dropped.iter().for_each(|d| add(&[d.input, d.mask]));
                     // Where it is decoded, B is read beside it.
                     add(&weight_tensors(m.linear.weight));
                     if let Some(lora) = &m.linear.lora {

@@ -30,6 +30,20 @@ impl CudaOps {
         self.dropout_kernel("dropout", lora, [x.0, y], n, &[Arg::U32(width as u32), Arg::U32(x.1 as u32)])
     }
 
+    /// [`CudaOps::dropout_rows`] that leaves its mask in `bits`, u8 `[n / 8]`; `width` is a multiple of 8.
+    pub(super) fn dropout_kept(
+        &self,
+        lora: &Lora,
+        x: (u64, usize),
+        y: u64,
+        n: usize,
+        width: usize,
+        bits: u64,
+    ) -> Result<()> {
+        let rows = [Arg::U32(width as u32), Arg::U32(x.1 as u32), Arg::Ptr(bits)];
+        self.dropout_kernel("dropout_kept", lora, [x.0, y], n, &rows)
+    }
+
     /// `y += dropout(x)`, elem `[n]`, with the mask of [`CudaOps::dropout`].
     pub(super) fn dropout_add(&self, lora: &Lora, y: u64, x: u64, n: usize) -> Result<()> {
         self.dropout_kernel("dropout_add", lora, [y, x], n, &[])

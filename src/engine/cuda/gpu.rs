@@ -26,6 +26,7 @@ pub(super) const KERNELS: &[(&str, &str)] = &[
     ("linear_one", include_str!("../../../kernels/cuda/linear_one.cu")),
     ("lm_head", include_str!("../../../kernels/cuda/lm_head.cu")),
     ("lora", include_str!("../../../kernels/cuda/lora.cu")),
+    ("lora_dx", include_str!("../../../kernels/cuda/lora_dx.cu")),
     ("nf4", include_str!("../../../kernels/cuda/nf4.cu")),
     ("optimizer", include_str!("../../../kernels/cuda/optimizer.cu")),
     ("weights", include_str!("../../../kernels/cuda/weights.cu")),

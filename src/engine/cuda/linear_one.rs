@@ -49,7 +49,8 @@ impl CudaOps {
     pub(super) fn has_one_kernel(&self, m: &LinearIds) -> bool {
         let shared = m.in_features * self.dtype.size_in_bytes();
         let whole = match m.weight {
-            Weight::Dense { .. } => true,
+            // A decoded one may have columns beside it.
+            Weight::Dense { w } => self.width(w) == m.in_features,
             Weight::Nf4 { config, .. } => config.blocksize >= 32,
         };
         // DoRA's lengths need the whole weight.

@@ -4,15 +4,12 @@
 use candle_core::DType;
 
 use super::CudaOps;
-use super::gpu::Arg;
+use super::gpu::{Arg, Launch};
 use super::matmul::Matrix;
 use super::nf4::ScaledB;
-use super::scratch::LoraScratch;
+use super::scratch::{LoraScratch, STACKED, has_dx_kernel};
 use crate::Result;
 use crate::engine::ops::{AdaptedModule, Lora, LoraA, LoraBackward, Scratch, Weight, low_rank_columns};
-
-/// Modules that [`CudaOps::stack`] takes at a time.
-const STACKED: usize = 3;
 
 impl CudaOps {
     /// B as columns of a matrix, from `first` on.
@@ -46,9 +43,16 @@ impl CudaOps {
             return self.matmul(x.columns(first), x, a.t(), (t, space.columns, k), 1.0, 0.0);
         }
         let mut row = 0;
-        for m in &op.adapters {
+        for (i, m) in op.adapters.iter().enumerate() {
             let columns = low_rank_columns(m.lora.r);
-            let dropped = self.dropped(&m.lora, x, k, base + space.dropped)?;
+            let dropped = match op.dropped.get(i).filter(|_| self.drops(&m.lora)) {
+                Some(kept) => {
+                    let (input, mask) = (self.ptr(kept.input), self.ptr(kept.mask));
+                    self.dropout_kept(&m.lora, (x.ptr, x.row), input, t * k, k, mask)?;
+                    Matrix::new(input, e, k)
+                }
+                None => self.dropped(&m.lora, x, k, base + space.dropped)?,
+            };
             self.matmul(x.columns(m.first), dropped, a.rows(row).t(), (t, columns, k), 1.0, 0.0)?;
             row += columns;
         }
@@ -68,6 +72,7 @@ impl CudaOps {
         let dx = op.dx.map(|dx| Matrix::new(self.ptr(dx), e, k));
         let grad_a = if drops { None } else { self.one_gradient(&loras, k) };
         let together = grad_a.is_some();
+        let in_one_kernel = dx.is_some() && drops && has_dx_kernel(op, e.size_in_bytes());
         let mut row = 0;
         for (m, lora) in op.modules.iter().zip(&loras) {
             let (n, r, columns) = (m.linear.out_features, lora.r, low_rank_columns(lora.r));
@@ -81,11 +86,14 @@ impl CudaOps {
                     (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
                 self.matmul(grad_b, dy.t(), x.columns(m.first), (n, r, t), lora.scaling, 1.0)?;
                 if !together {
-                    let x = self.dropped(lora, x, k, base + space.dropped)?;
+                    let x = match m.dropped.filter(|_| self.drops(lora)) {
+                        Some(kept) => Matrix::new(self.ptr(kept.input), e, k),
+                        None => self.dropped(lora, x, k, base + space.dropped)?,
+                    };
                     self.matmul(grad_a, dxa.t(), x, (r, k, t), 1.0, 1.0)?;
                 }
             }
-            if let (Some(dx), true) = (dx, drops) {
+            if let (Some(dx), true) = (dx, drops && !in_one_kernel) {
                 self.through_dropout(lora, (dx, dxa, a.rows(row)), row > 0, columns, base + space.dropped)?;
             }
             row += columns;
@@ -94,6 +102,7 @@ impl CudaOps {
             self.matmul(grad_a, all_dxa.t(), x, (space.columns, k, t), 1.0, 1.0)?;
         }
         match dx {
+            Some(dx) if in_one_kernel => self.dx_through_dropout(op, &loras, dx, all_dxa, a),
             Some(dx) if !drops => self.matmul(dx, all_dxa, a, (t, k, space.columns), 1.0, 0.0),
             _ => Ok(()),
         }
@@ -106,6 +115,24 @@ impl CudaOps {
         let dense = loras.iter().all(|lora| low_rank_columns(lora.r) == lora.r);
         let ptr = *grads.first()?;
         (dense && (0..grads.len() - 1).all(follows)).then(|| Matrix::new(ptr, DType::F32, k))
+    }
+
+    /// `dx = sum of dropout'(dxa A)` of modules whose masks were kept.
+    fn dx_through_dropout(&self, op: &LoraBackward, loras: &[Lora], dx: Matrix, dxa: Matrix, a: Matrix) -> Result<()> {
+        let (t, k) = (self.tokens, op.in_features);
+        let mut args = vec![Arg::Ptr(dx.ptr), Arg::U32(t as u32), Arg::U32(k as u32), Arg::U32(dxa.row as u32)];
+        let mut first = 0;
+        for i in 0..STACKED {
+            let (columns, mask, keep) = match (loras.get(i), op.modules.get(i).and_then(|m| m.dropped)) {
+                (Some(lora), Some(kept)) => (low_rank_columns(lora.r), self.ptr(kept.mask), 1.0 / (1.0 - lora.dropout)),
+                _ => (0, 0, 0.0),
+            };
+            let [dxa, a] = [dxa.columns(first).ptr, a.rows(first).ptr].map(Arg::Ptr);
+            args.extend([dxa, a, Arg::Ptr(mask), Arg::F32(keep), Arg::U32(columns as u32)]);
+            first += columns;
+        }
+        let how = Launch { grid: [(k / 128) as u32, t.div_ceil(64) as u32, 1], block: 128, shared: 0 };
+        self.gpu.launch("lora_dx", "lora_dx", how, &args)
     }
 
     /// `dx (+)= dropout'(dxa A)`; `space` has room for what `dropout'` takes.

@@ -1,7 +1,7 @@
 //! Where the temporaries of an operation lie in its scratch: read by the plan for their size, by the launchers for their
 //! places. No GPU is needed.
 
-use crate::engine::ops::{Beside, LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns};
+use crate::engine::ops::{AdaptedModule, Beside, LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns};
 
 /// What a matrix product wants its operands aligned to, in bytes.
 const ALIGN: usize = 256;
@@ -76,6 +76,18 @@ impl LinearScratch {
     }
 }
 
+/// Modules that share their input, at most: what a kernel of lora.cu or lora_dx.cu takes.
+pub(crate) const STACKED: usize = 3;
+
+/// Whether kernels/cuda/lora_dx.cu takes these modules, with a compute dtype of `elem` bytes.
+pub(crate) fn has_dx_kernel(op: &LoraBackward, elem: usize) -> bool {
+    let fits = |m: &AdaptedModule| {
+        let ready = |l: crate::engine::ops::Lora| low_rank_columns(l.r).is_multiple_of(16) && l.dropout > 0.0;
+        m.dropped.is_some() && m.linear.lora.is_some_and(ready)
+    };
+    elem == 2 && op.in_features.is_multiple_of(128) && op.modules.len() <= STACKED && op.modules.iter().all(fits)
+}
+
 /// Byte offsets of the temporaries of LoRA pairs that share their input.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LoraScratch {
@@ -101,7 +113,10 @@ impl LoraScratch {
 
     /// For the gradients of `op`.
     pub fn backward(op: &LoraBackward, rows: usize, elem: usize) -> Self {
-        let pairs = op.modules.iter().filter_map(|m| m.linear.lora).map(|l| (l.r, l.dropout));
+        // What was kept need not be made again, and where one kernel makes dx there is nothing in between.
+        let again = |m: &AdaptedModule| m.dropped.is_none() || op.dx.is_some() && !has_dx_kernel(op, elem);
+        let pairs = op.modules.iter().filter_map(|m| Some((m, m.linear.lora?)));
+        let pairs = pairs.map(|(m, l)| (l.r, if again(m) { l.dropout } else { 0.0 }));
         let largest =
             op.modules.iter().filter_map(|m| Some(m.linear.out_features * low_rank_columns(m.linear.lora?.r)));
         Self::new(pairs, op.in_features, rows, elem, Some(largest.max().unwrap_or(0)))

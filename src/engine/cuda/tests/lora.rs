@@ -4,8 +4,8 @@ use super::linear::{SCALING, TOLERANCE, base, scaled};
 use super::*;
 use crate::engine::dropout::dropout;
 use crate::engine::ops::{
-    AdaptedModule, Beside, Dequantize, Linear, LinearBackward, LinearIds, Lora, LoraA, LoraBackward, SplitColumns,
-    Weight, low_rank_columns,
+    AdaptedModule, Beside, Dequantize, Dropped, Linear, LinearBackward, LinearIds, Lora, LoraA, LoraBackward,
+    SplitColumns, Weight, low_rank_columns,
 };
 use crate::nf4::{Nf4Config, QuantType};
 
@@ -62,6 +62,11 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
 
 /// Modules of these widths and ranks side by side.
 fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool) {
+    group_of(b, k, sizes, kept, p, dx, false);
+}
+
+/// `kept_inputs`: the dropped inputs are kept for the gradients.
+fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool, kept_inputs: bool) {
     let t = b.tokens;
     let mut first = k;
     let mut modules = Vec::new();
@@ -87,7 +92,17 @@ fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, 
     let x_id = b.between("x", &[t + SPARE, row], &beside(&vec![f32::NAN; t * (row - k)]));
     let loras: Vec<Lora> = modules.iter().map(|m| m.linear.lora.unwrap()).collect();
     let adapters = modules.iter().zip(&loras).map(|(m, &lora)| Beside { lora, first: m.first }).collect();
-    b.op(Op::LoraA(LoraA { x: x_id, in_features: k, adapters }));
+    let dropped: Vec<Dropped> = modules
+        .iter()
+        .filter(|_| kept_inputs)
+        .map(|_| {
+            let input = b.between("dropped", &[t + SPARE, k], &[]);
+            let mask = b.bytes::<u8>("mask", DType::U8, &[t + SPARE, k / 8], &[]);
+            b.fields[mask.index()].unseen = true;
+            Dropped { input, mask }
+        })
+        .collect();
+    b.op(Op::LoraA(LoraA { x: x_id, in_features: k, adapters, dropped: dropped.clone() }));
     let mut parts = vec![b.out("x again", k)];
     b.want(parts[0], 0.0, Plain::Within(0.0));
     for (i, (m, lora)) in modules.iter().zip(&loras).enumerate() {
@@ -123,7 +138,7 @@ fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, 
         let (n, r) = (m.n, lora.r);
         let dy = b.random(t * n);
         let dy_id = b.act("dy", n, &dy);
-        adapted.push(AdaptedModule { linear: m.linear, first: m.first, dy: dy_id });
+        adapted.push(AdaptedModule { linear: m.linear, first: m.first, dy: dy_id, dropped: dropped.get(i).copied() });
         let xa: Vec<f32> = tail.chunks(row - k).flat_map(|tail| &tail[m.first - k..][..r]).copied().collect();
         let scaled_dy = rounded(&scaled(&dy, SCALING));
         let dxa = rounded(&product(&scaled_dy, &m.b, t, n, r));
@@ -184,6 +199,11 @@ fn modules_that_share_their_input_with_dropout() {
             for kept in kinds() {
                 group(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true);
                 group(&mut b, 72, &[(100, 5)], kept, 0.3, false);
+                // Kept, with a kernel of its own for dx where widths allow it: 128s of columns, 16s of ranks.
+                group_of(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true, true);
+                group_of(&mut b, 256, &[(104, 16), (40, 15), (33, 80)], kept, 0.3, true, true);
+                group_of(&mut b, 128, &[(72, 64)], kept, 0.3, true, true);
+                group_of(&mut b, 128, &[(72, 32)], kept, 0.3, false, true);
             }
             b.check();
         }
