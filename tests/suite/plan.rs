@@ -1,5 +1,7 @@
 //! The plan: sizes known by hand, and what it proposes for a card.
 
+use tunebook::engine::ops::Op;
+use tunebook::lora::LoraConfig;
 use tunebook::model::ModelSpec;
 use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, PlanBuilder, Stage};
 use tunebook::train::Optim;
@@ -106,6 +108,44 @@ fn decoded_weights_are_kept_as_far_as_there_is_room() {
     assert!(fitted.plan.process_bytes(&card) <= card.total_bytes);
     let e = builder().keep_dequantized_modules(["down_proj"]).build().unwrap_err().to_string();
     assert!(e.contains("down_proj") && e.contains("gate_proj"), "{e}");
+}
+
+/// With dropout, on a GPU: the low-rank product just before a module's gradients leaves its dropped input and mask for them; that of the
+/// forward pass leaves nothing, for it would live until then.
+#[test]
+fn dropped_inputs_are_kept_for_the_gradients_alone() {
+    let spec = mistral();
+    for layers in [Checkpointing::All, Checkpointing::Layers(5), Checkpointing::None] {
+        let lora = LoraConfig { lora_dropout: 0.1, ..LoraConfig::default() };
+        let plan = MemoryPlan::qlora(&spec).adapter(lora).batch(4).checkpointing(layers).build().unwrap();
+        let program = plan.program(Phase::MicroStep);
+        let loss = program.iter().position(|op| op.name() == "lm_head_ce").unwrap();
+        let (mut kept, mut used) = (Vec::new(), 0);
+        for (i, op) in program.iter().enumerate() {
+            match op {
+                Op::LoraA(o) if o.dropped.is_empty() => assert!(i < loss, "operation {i} keeps nothing"),
+                Op::LoraA(o) => {
+                    assert!(i > loss && o.dropped.len() == o.adapters.len(), "operation {i}");
+                    kept.extend(&o.dropped);
+                }
+                Op::LoraBackward(o) => {
+                    for m in &o.modules {
+                        let found = kept.iter().position(|d| Some(*d) == m.dropped);
+                        kept.remove(found.unwrap_or_else(|| panic!("operation {i} reads what was not kept")));
+                        used += 1;
+                    }
+                }
+                _ => {}
+            }
+        }
+        // All but attention's output have a pair beside their input.
+        assert!(kept.is_empty() && used == 6 * 32, "{layers}: {used} used, {} left", kept.len());
+        let without = MemoryPlan::qlora(&spec).batch(4).checkpointing(layers).build().unwrap();
+        let more = plan.arena_bytes() - without.arena_bytes();
+        // At most those of all six, two bytes and a bit an element, and what attention's output drops on the way.
+        let most = 2048 * (5 * 4096 + 14336) * 17 / 8 + 2048 * 4096 * 2;
+        assert!(0 < more && more <= most, "{layers}: {more} bytes more");
+    }
 }
 
 /// On a GPU the update reads and writes paged state where it is; on the CPU it passes through windows.

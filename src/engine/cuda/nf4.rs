@@ -156,6 +156,12 @@ pub(super) fn dequantize(
     out: u64,
     rows: Rows,
 ) -> Result<()> {
+    if rows.row != rows.k && n / rows.k >= 1 << 20 {
+        return Err(Error::new("a 4-bit matrix has too many rows for columns beside it")
+            .expected("fewer than 2^20, for which the kernel's division is exact")
+            .found((n / rows.k).to_string())
+            .next("leave the module out of target_modules"));
+    }
     // Two words of eight codes a thread.
     let how = Launch { grid: [n.div_ceil(256 * 8 * 2).max(1) as u32, 1, 1], block: 256, shared: 0 };
     let (n, shift) = (Arg::U64(n as u64), Arg::U32(config.blocksize.trailing_zeros()));
