@@ -439,6 +439,12 @@ struct Rows {
 #define THREADS 256
 // Words of eight codes for each thread, THREADS apart: what counts is loads in flight and wide stores.
 #define WORDS 2
+// Thread blocks on a multiprocessor; f32 takes more registers.
+#ifdef ELEM_F32
+#define DECODING 6
+#else
+#define DECODING 8
+#endif
 template <typename Scale>
 struct Tile {
     u32 word[WORDS];
@@ -503,7 +509,7 @@ __device__ __forceinline__ void dequantize(const u8* packed, const Scale& scale,
 
 // out: elem [n / k, k], rows `row` elements apart (row = k unless k is a multiple of 8); reciprocal: of k / 8, see Rows; blocksize =
 // 2^block_shift; absmax: f32 [blocks]. Beside each row, from column k on, the columns of scaled B, unless b is null: see low_rank.cuh.
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(THREADS, DECODING)
 nf4_dequantize(const u8* packed, const float* absmax, u64 n, u32 block_shift, u32 quant_type, elem* out, u32 k, u32 row,
                u64 reciprocal, const float* b, u32 r, u32 first, float scaling) {
     after_previous();
@@ -512,7 +518,7 @@ nf4_dequantize(const u8* packed, const float* absmax, u64 n, u32 block_shift, u3
 }
 
 // absmax' = DYNAMIC_MAP[codes[b]] * scales[b >> nested_shift] + offset[0].
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(THREADS, DECODING)
 nf4_dequantize_nested(const u8* packed, const u8* codes, const float* scales, const float* offset, u64 n, u32 block_shift,
                       u32 nested_shift, u32 quant_type, elem* out, u32 k, u32 row, u64 reciprocal, const float* b, u32 r, u32 first,
                       float scaling) {

@@ -1,5 +1,5 @@
 //! LoRA pairs whose low-rank products lie beside their modules' common input: one product with every A, and all gradients of A and
-//! B. Twin of `cpu/lora.rs`; kernels/cuda/lora.cu lays A and B out for the products.
+//! B. Twin of `cpu/lora.rs`; kernels/cuda/lora.cu lays A and B out for the products, lora_dx.cu takes `dx` through dropout.
 
 use candle_core::DType;
 
