@@ -152,7 +152,7 @@ extern "C" __global__ void decode(const u32* codes, const float* absmax, const f
     let weight = [Arg::Ptr(codes.ptr), Arg::Ptr(scales.ptr), size, log2_blocksize, nf4, Arg::Ptr(out.ptr)];
     // It can lay the rows apart (and divides then, by the number after their widths) and put an adapter's B beside them; here rows of 4096 follow each other.
     let rows = [Arg::U32(4096), Arg::U32(4096), Arg::U64(0), Arg::Ptr(0), Arg::U32(0), Arg::U32(0), Arg::F32(0.0)];
-    let library_args = [weight, rows].concat();
+    let library_args = [&weight[..], &rows[..]].concat();
     gpu.fill(out.ptr, 0, out.bytes() as u64)?;
     gpu.launch("nf4", "nf4_dequantize", how, &library_args)?;
     {
