@@ -439,8 +439,8 @@ struct Rows {
 #define THREADS 256
 // Words of eight codes for each thread, THREADS apart: what counts is loads in flight and wide stores.
 #define WORDS 2
-// Thread blocks on a multiprocessor; f32 takes more registers.
-#ifdef ELEM_F32
+// Thread blocks on a multiprocessor: f32 takes more registers, and consumer cards have room for 1536 threads, not 2048.
+#if defined(ELEM_F32) || !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200
 #define DECODING 6
 #else
 #define DECODING 8
