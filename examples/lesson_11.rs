@@ -150,7 +150,8 @@ extern "C" __global__ void decode(const u32* codes, const float* absmax, const f
     let how = blocks(n, 16);
     let (size, log2_blocksize, nf4) = (Arg::U64(n as u64), Arg::U32(6), Arg::U32(0));
     let weight = [Arg::Ptr(codes.ptr), Arg::Ptr(scales.ptr), size, log2_blocksize, nf4, Arg::Ptr(out.ptr)];
-    // It can lay the rows apart (and divides then, by the number after their widths) and put an adapter's B beside them; here rows of 4096 follow each other.
+    // It can lay the rows apart (then it divides, by the number after their widths) and put an adapter's B
+    // beside them; here rows of 4096 follow each other.
     let rows = [Arg::U32(4096), Arg::U32(4096), Arg::U64(0), Arg::Ptr(0), Arg::U32(0), Arg::U32(0), Arg::F32(0.0)];
     let library_args = [&weight[..], &rows[..]].concat();
     gpu.fill(out.ptr, 0, out.bytes() as u64)?;
