@@ -9,13 +9,10 @@ prepare_model_for_kbit_training, bf16 autocast, SDPA. One JSON line for each run
 """
 
 import argparse
-import json
-import os
-import statistics
-import time
 
 import bitsandbytes as bnb
 import peft
+import timed_steps
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -40,24 +37,9 @@ def quantize(model, device):
     model.config.quantization_config = None
 
 
-def process_mib():
-    """This process on the card, as nvidia-smi shows it."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-        mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
-        return mine[0] >> 20 if mine else None
-    except Exception:
-        return None
-
-
 def main():
     parser = argparse.ArgumentParser()
-    for name, default in [("batch", 4), ("seq", 512), ("r", 64), ("layers", 32), ("steps", 50), ("runs", 3), ("warmup", 3)]:
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    timed_steps.arguments(parser, warmup=3)
     parser.add_argument("--hidden", type=int, default=4096, help="smaller for a check without a GPU")
     parser.add_argument("--no-checkpointing", action="store_true")
     args = parser.parse_args()
@@ -87,46 +69,10 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.AdamW8bit(trained, lr=2e-4) if cuda else torch.optim.AdamW(trained, lr=2e-4)
     ids = torch.randint(0, config.vocab_size, (args.batch, args.seq), device=device)
-
-    def step():
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        return loss.item()
-
-    first = step()
-    for _ in range(args.warmup - 1):
-        step()
-    for run in range(args.runs):
-        seconds = []
-        for _ in range(args.steps):
-            begin = time.perf_counter()
-            last = step()
-            seconds.append(time.perf_counter() - begin)
-        tokens = args.batch * args.seq
-        line = {
-            "peer": "transformers + PEFT + bitsandbytes",
-            "versions": {m.__name__: m.__version__ for m in (transformers, peft, bnb, torch)},
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "batch": args.batch,
-            "seq": args.seq,
-            "r": args.r,
-            "dropout": args.dropout,
-            "checkpointing": checkpointing,
-            "run": run,
-            "steps": args.steps,
-            "tokens_per_s_median": tokens / statistics.median(seconds),
-            "tokens_per_s_best": tokens / min(seconds),
-            "process_mib": process_mib(),
-            "loss_first": first,
-            "loss_last": last,
-        }
-        print(json.dumps(line), flush=True)
+    modules = (transformers, peft, bnb)
+    timed_steps.run(
+        "transformers + PEFT + bitsandbytes", modules, args, model, trained, optimizer, ids, device, checkpointing=checkpointing
+    )
 
 
 main()

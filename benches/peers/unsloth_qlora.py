@@ -9,10 +9,8 @@ without a trainer. A checkpoint of random weights is written to `--dir` first (1
 """
 
 import argparse
-import json
 import os
 import pathlib
-import statistics
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +18,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 import unsloth  # before transformers, which it patches
 import bitsandbytes as bnb
 import peft
-import safetensors.torch
+import timed_steps
 import torch
 import transformers
 from unsloth import FastLanguageModel
@@ -44,21 +42,9 @@ def write_checkpoint(path, layers):
     torch.cuda.empty_cache()
 
 
-def process_mib():
-    """This process on the card, as nvidia-smi shows it."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-    mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
-    return mine[0] >> 20 if mine else None
-
-
 def main():
     parser = argparse.ArgumentParser()
-    for name, default in [("batch", 4), ("seq", 512), ("r", 64), ("layers", 32), ("steps", 50), ("runs", 3), ("warmup", 5)]:
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    timed_steps.arguments(parser, warmup=5)
     parser.add_argument("--checkpointing", choices=["unsloth", "plain", "none"], default="unsloth")
     parser.add_argument("--dir", default="/dev/shm/mistral-7b-random", help="where the checkpoint is, or is written")
     parser.add_argument("--write-only", action="store_true", help="write the checkpoint and stop: its writing takes memory of the card")
@@ -87,47 +73,9 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.AdamW8bit(trained, lr=2e-4)
     ids = torch.randint(3, 32000, (args.batch, args.seq), device="cuda")
-
-    def step():
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        return loss.item()
-
-    first = step()
-    for _ in range(args.warmup - 1):
-        step()
-    for run in range(args.runs):
-        seconds = []
-        for _ in range(args.steps):
-            begin = time.perf_counter()
-            last = step()
-            seconds.append(time.perf_counter() - begin)
-        tokens = args.batch * args.seq
-        line = {
-            "peer": "Unsloth",
-            "versions": {m.__name__: m.__version__ for m in (unsloth, transformers, peft, bnb, torch)},
-            "device": torch.cuda.get_device_name(),
-            "batch": args.batch,
-            "seq": args.seq,
-            "r": args.r,
-            "dropout": args.dropout,
-            "checkpointing": args.checkpointing,
-            "run": run + 1,
-            "steps": args.steps,
-            "tokens_per_s_median": round(tokens / statistics.median(seconds), 1),
-            "tokens_per_s_best": round(tokens / min(seconds), 1),
-            "process_mib": process_mib(),
-            "load_seconds": round(load_seconds, 2),
-            "loss_first": round(first, 4),
-            "loss_last": round(last, 4),
-        }
-        print(json.dumps(line), flush=True)
+    modules = (unsloth, transformers, peft, bnb)
+    more = {"checkpointing": args.checkpointing, "load_seconds": load_seconds}
+    timed_steps.run("Unsloth", modules, args, model, trained, optimizer, ids, "cuda", **more)
 
 
-if __name__ == "__main__":
-    main()
+main()

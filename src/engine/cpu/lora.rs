@@ -12,21 +12,9 @@ impl CpuOps {
             return;
         }
         let (t, k, row) = (self.tokens, op.in_features, self.width(op.x));
-        for (i, m) in op.adapters.iter().enumerate() {
+        for m in &op.adapters {
             let r = m.lora.r;
             let input = self.input(op.x, k, m.lora.dropout, m.lora.module);
-            if let (Some(d), true) = (op.dropped.get(i), self.state.training && m.lora.dropout > 0.0) {
-                // What is kept of ones.
-                let mut ones = vec![1f32; t * k];
-                let p = m.lora.dropout;
-                dropout(&mut ones, p, self.state.dropout_seed, self.state.micro_step, m.lora.module);
-                // SAFETY: regions of one operation.
-                let (kept, mask) = unsafe { (self.rows(d.input), self.slice::<u8>(d.mask)) };
-                kept.copy_from_slice(&input);
-                for (byte, ones) in mask.iter_mut().zip(ones.chunks(8)) {
-                    *byte = ones.iter().enumerate().map(|(i, one)| u8::from(*one > 0.0) << i).sum();
-                }
-            }
             let mut xa = vec![0f32; t * r];
             // SAFETY: regions of one operation; the borrow of the input has ended.
             let (x, a) = unsafe { (self.rows(op.x), self.slice::<f32>(m.lora.a)) };
@@ -48,13 +36,7 @@ impl CpuOps {
         for m in &op.modules {
             let Some(lora) = m.linear.lora else { continue };
             let (n, r) = (m.linear.out_features, lora.r);
-            let drops = self.state.training && lora.dropout > 0.0;
-            let dropped = m.dropped.filter(|_| drops);
-            let input = match dropped {
-                // SAFETY: only read.
-                Some(d) => unsafe { self.rows(d.input) }.to_vec(),
-                None => self.input(op.x, k, lora.dropout, lora.module),
-            };
+            let input = self.input(op.x, k, lora.dropout, lora.module);
             // SAFETY: regions of one operation.
             let (x, dy, a, b) =
                 unsafe { (self.rows(op.x), self.rows(m.dy), self.slice::<f32>(lora.a), self.slice::<f32>(lora.b)) };
@@ -70,15 +52,7 @@ impl CpuOps {
             let Some(dx) = op.dx else { continue };
             let mut through = vec![0f32; t * k];
             matmul(&mut through, Matrix::new(&dxa, r), Matrix::new(a, k), t, k, r, 1.0, false);
-            if let Some(d) = dropped {
-                // SAFETY: only read.
-                let mask = unsafe { self.slice::<u8>(d.mask) };
-                let keep = 1.0 / (1.0 - lora.dropout);
-                for (through, byte) in through.chunks_mut(8).zip(mask.iter()) {
-                    let factor = |i: usize| if byte >> i & 1 == 1 { keep } else { 0.0 };
-                    through.iter_mut().enumerate().for_each(|(i, g)| *g *= factor(i));
-                }
-            } else if drops {
+            if self.state.training && lora.dropout > 0.0 {
                 dropout(&mut through, lora.dropout, self.state.dropout_seed, self.state.micro_step, lora.module);
             }
             // SAFETY: as above.
