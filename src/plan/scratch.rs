@@ -30,10 +30,7 @@ fn cuda(op: &Op, regions: &[Region], elem: usize) -> usize {
     match op {
         Op::Linear(o) => LinearScratch::new(&o.linear, rows(o.x), elem, o.y.is_some(), false, o.low_rank()).total,
         Op::LinearBackward(o) => LinearScratch::new(&o.linear, rows(o.dy), elem, o.dx.is_some(), true, None).total,
-        Op::LoraA(o) => {
-            let pairs = o.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));
-            LoraScratch::forward(pairs, o.in_features, rows(o.x), elem).total
-        }
+        Op::LoraA(o) => LoraScratch::forward(o, rows(o.x), elem).total,
         Op::LoraBackward(o) => LoraScratch::backward(o, rows(o.x), elem).total,
         // Per token and head: the dot product of the output and its gradient.
         Op::AttentionBackward(o) => rows(o.q) * o.heads.q * 4,

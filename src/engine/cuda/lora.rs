@@ -32,8 +32,7 @@ impl CudaOps {
             return self.low_rank_one(k, x.ptr, &adapters);
         }
         let base = self.at(scratch);
-        let pairs = op.adapters.iter().map(|m| (m.lora.r, m.lora.dropout));
-        let space = LoraScratch::forward(pairs, k, self.region(op.x).shape[0], e.size_in_bytes());
+        let space = LoraScratch::forward(op, self.region(op.x).shape[0], e.size_in_bytes());
         let loras: Vec<Lora> = op.adapters.iter().map(|m| m.lora).collect();
         let a = Matrix::new(base + space.a, e, k);
         self.stack(&loras, k, a.ptr)?;

@@ -1,7 +1,9 @@
 //! Where the temporaries of an operation lie in its scratch: read by the plan for their size, by the launchers for their
 //! places. No GPU is needed.
 
-use crate::engine::ops::{AdaptedModule, Beside, LinearIds, LmHeadCe, LoraBackward, Weight, low_rank_columns};
+use crate::engine::ops::{
+    AdaptedModule, Beside, LinearIds, LmHeadCe, Lora, LoraA, LoraBackward, Weight, low_rank_columns,
+};
 
 /// What a matrix product wants its operands aligned to, in bytes.
 const ALIGN: usize = 256;
@@ -81,10 +83,8 @@ pub(crate) const STACKED: usize = 3;
 
 /// Whether kernels/cuda/lora_dx.cu takes these modules, with a compute dtype of `elem` bytes.
 pub(crate) fn has_dx_kernel(op: &LoraBackward, elem: usize) -> bool {
-    let fits = |m: &AdaptedModule| {
-        let ready = |l: crate::engine::ops::Lora| low_rank_columns(l.r).is_multiple_of(16) && l.dropout > 0.0;
-        m.dropped.is_some() && m.linear.lora.is_some_and(ready)
-    };
+    let whole = |l: Lora| low_rank_columns(l.r).is_multiple_of(16) && l.dropout > 0.0;
+    let fits = |m: &AdaptedModule| m.dropped.is_some() && m.linear.lora.is_some_and(whole);
     elem == 2 && op.in_features.is_multiple_of(128) && op.modules.len() <= STACKED && op.modules.iter().all(fits)
 }
 
@@ -106,32 +106,35 @@ pub(crate) struct LoraScratch {
 }
 
 impl LoraScratch {
-    /// For pairs of (rank, dropout), forward.
-    pub fn forward(pairs: impl Iterator<Item = (usize, f32)>, k: usize, rows: usize, elem: usize) -> Self {
-        Self::new(pairs, k, rows, elem, None)
+    /// For the products of `op`.
+    pub fn forward(op: &LoraA, rows: usize, elem: usize) -> Self {
+        // What is kept has a place of its own.
+        let drops = op.dropped.is_empty() && op.adapters.iter().any(|m| m.lora.dropout > 0.0);
+        Self::new(op.adapters.iter().map(|m| m.lora.r), op.in_features, (rows, elem), drops, None)
     }
 
     /// For the gradients of `op`.
     pub fn backward(op: &LoraBackward, rows: usize, elem: usize) -> Self {
         // What was kept need not be made again, and where one kernel makes dx there is nothing in between.
-        let again = |m: &AdaptedModule| m.dropped.is_none() || op.dx.is_some() && !has_dx_kernel(op, elem);
-        let pairs = op.modules.iter().filter_map(|m| Some((m, m.linear.lora?)));
-        let pairs = pairs.map(|(m, l)| (l.r, if again(m) { l.dropout } else { 0.0 }));
-        let largest =
-            op.modules.iter().filter_map(|m| Some(m.linear.out_features * low_rank_columns(m.linear.lora?.r)));
-        Self::new(pairs, op.in_features, rows, elem, Some(largest.max().unwrap_or(0)))
+        let through = op.dx.is_some() && !has_dx_kernel(op, elem);
+        let again = |m: &AdaptedModule| m.dropped.is_none() || through;
+        let drops = |m: &AdaptedModule| m.linear.lora.is_some_and(|l| l.dropout > 0.0);
+        let drops = op.modules.iter().any(|m| again(m) && drops(m));
+        let loras = || op.modules.iter().filter_map(|m| Some((m.linear.out_features, m.linear.lora?.r)));
+        let largest = loras().map(|(n, r)| n * low_rank_columns(r)).max().unwrap_or(0);
+        Self::new(loras().map(|(_, r)| r), op.in_features, (rows, elem), drops, Some(largest))
     }
 
-    /// `backward`: the elements of the largest B.
+    /// For pairs of these ranks; `backward`: the elements of the largest B.
     fn new(
-        pairs: impl Iterator<Item = (usize, f32)>,
+        ranks: impl Iterator<Item = usize>,
         k: usize,
-        rows: usize,
-        elem: usize,
+        (rows, elem): (usize, usize),
+        drops: bool,
         backward: Option<usize>,
     ) -> Self {
         let mut carve = Carve::default();
-        let (columns, drops) = pairs.fold((0, false), |(n, drops), (r, p)| (n + low_rank_columns(r), drops || p > 0.0));
+        let columns = ranks.map(low_rank_columns).sum::<usize>();
         let a = carve.take(columns * k * elem);
         let b = carve.take(backward.unwrap_or(0) * elem);
         let dxa = carve.take(if backward.is_some() { rows * columns * elem } else { 0 });
