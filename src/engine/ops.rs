@@ -326,7 +326,7 @@ pub struct LoraA {
     pub in_features: usize,
     /// The pairs; their columns do not overlap.
     pub adapters: Vec<Beside>,
-    /// Where each pair's dropped input is kept for [`LoraBackward`]; empty where nothing is kept.
+    /// Where each pair's dropped input is kept for [`LoraBackward`], if the backend keeps it; empty where nothing is kept.
     pub dropped: Vec<Dropped>,
 }
 
@@ -349,7 +349,7 @@ pub struct AdaptedModule {
     pub first: usize,
     /// `[T, out]`.
     pub dy: TensorId,
-    /// Its dropped input, where [`LoraA`] kept it; otherwise it is made again.
+    /// Its dropped input, where [`LoraA`] kept it; otherwise it is made again, to the same numbers.
     pub dropped: Option<Dropped>,
 }
 

@@ -199,20 +199,8 @@ impl<'a> Pass<'a> {
             labels: (phase != Phase::Generate && phase != Phase::Logits).then(|| small("labels", DType::I32, tokens)),
         };
         let (ops, caches, offloaded) = (Vec::new(), Vec::new(), Vec::new());
-        Pass {
-            spec,
-            cfg,
-            layout,
-            regions,
-            phase,
-            tokens,
-            ops,
-            ids,
-            caches,
-            decoded: None,
-            offloaded,
-            dropped: [None; 7],
-        }
+        let (decoded, dropped) = (None, [None; 7]);
+        Pass { spec, cfg, layout, regions, phase, tokens, ops, ids, caches, decoded, offloaded, dropped }
     }
 
     /// An activation `[T, width]` in the compute dtype.

@@ -1,5 +1,5 @@
 //! LoRA pairs whose low-rank products lie beside their modules' common input. No plan for the CPU asks for this: here it is what the
-//! GPU's is compared with, in plain steps.
+//! GPU's is compared with, in plain steps; dropped inputs are made again, never kept.
 
 use super::CpuOps;
 use super::matmul::{Matrix, matmul};
