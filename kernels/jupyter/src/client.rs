@@ -1,9 +1,11 @@
 //! A front end without a face: starts a kernel and speaks to it. `run` and the tests use it.
 
 use std::fs;
+use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,7 +26,42 @@ pub struct Client {
     pub session: String,
     pub connection: Connection,
     pub process: Child,
-    _dir: tempfile::TempDir,
+    /// Holds the connection file.
+    _dir: Option<tempfile::TempDir>,
+}
+
+/// How often a kernel is started before its failure is reported.
+const ATTEMPTS: u32 = 3;
+
+/// Why a kernel that was started cannot be spoken to.
+enum NotStarted {
+    /// It ended, or a connection to it did: a port may have been taken.
+    Lost(String),
+    Other(String),
+}
+
+impl NotStarted {
+    fn ended(how: impl std::fmt::Display) -> NotStarted {
+        NotStarted::Lost(format!("the kernel ended at its start: {how}"))
+    }
+}
+
+/// Writes a connection file with five ports that are free now.
+fn choose_ports(file: &Path) -> Result<Connection, String> {
+    let io = |e: std::io::Error| format!("{}: {e}", file.display());
+    // Held until all are known, so that they differ.
+    let listeners: Vec<TcpListener> =
+        (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<_, _>>().map_err(io)?;
+    let ports: Vec<u16> =
+        listeners.iter().map(|l| l.local_addr().map(|a| a.port())).collect::<Result<_, _>>().map_err(io)?;
+    let v = json!({
+        "transport": "tcp", "ip": "127.0.0.1", "signature_scheme": "hmac-sha256",
+        "key": uuid::Uuid::new_v4().to_string(), "kernel_name": "rust",
+        "shell_port": ports[0], "iopub_port": ports[1], "stdin_port": ports[2], "control_port": ports[3], "hb_port": ports[4],
+    });
+    let mut f = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(file).map_err(io)?;
+    f.write_all(v.to_string().as_bytes()).map_err(io)?;
+    Connection::read(file)
 }
 
 /// Why a message did not come.
@@ -39,32 +76,38 @@ pub enum Silence {
 impl Client {
     /// Starts `command` with the path of a connection file as its last argument, and connects.
     ///
+    /// The ports are free when they are chosen, and a kernel binds them a moment later: another program may have taken one by
+    /// then. A kernel that ends at its start, or a connection that breaks off, is therefore tried again with other ports.
+    ///
     /// # Errors
-    /// A program that does not start, a kernel that does not answer in `patience`.
+    /// A program that does not start, a kernel that ends at its start three times, one that does not answer in `patience`.
     pub fn start(mut command: Command, patience: Duration) -> Result<Client, String> {
-        let io = |e: std::io::Error| e.to_string();
-        let dir = tempfile::Builder::new().prefix("tunebook-run-").tempdir().map_err(io)?;
+        let until = Instant::now() + patience;
+        let dir = tempfile::Builder::new().prefix("tunebook-run-").tempdir().map_err(|e| e.to_string())?;
         let file = dir.path().join("kernel.json");
-        // Ports that are free now; held until all are known, so that they differ.
-        let listeners: Vec<TcpListener> =
-            (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<_, _>>().map_err(io)?;
-        let ports: Vec<u16> =
-            listeners.iter().map(|l| l.local_addr().map(|a| a.port())).collect::<Result<_, _>>().map_err(io)?;
-        let v = json!({
-            "transport": "tcp", "ip": "127.0.0.1", "signature_scheme": "hmac-sha256",
-            "key": uuid::Uuid::new_v4().to_string(), "kernel_name": "rust",
-            "shell_port": ports[0], "iopub_port": ports[1], "stdin_port": ports[2], "control_port": ports[3], "hb_port": ports[4],
-        });
-        use std::io::Write;
-        let mut f = fs::File::options().write(true).create_new(true).mode(0o600).open(&file).map_err(io)?;
-        f.write_all(v.to_string().as_bytes()).map_err(io)?;
-        let connection = Connection::read(&file)?;
-        drop(listeners);
         // A kernel ends with who has started it.
         command.env("JPY_PARENT_PID", std::process::id().to_string());
         command.arg(&file).stdin(Stdio::null()).process_group(0);
-        let process = command.spawn().map_err(|e| format!("{}: {e}", command.get_program().display()))?;
+        for attempt in 1.. {
+            match Client::start_once(&mut command, &file, until) {
+                Ok(mut client) => {
+                    client._dir = Some(dir);
+                    return Ok(client);
+                }
+                Err(NotStarted::Lost(why)) if attempt < ATTEMPTS => {
+                    eprintln!("tunebook-kernel: {why}; it is started once more, with other ports");
+                }
+                Err(NotStarted::Lost(why) | NotStarted::Other(why)) => return Err(why),
+            }
+        }
+        unreachable!("the loop ends with a return")
+    }
 
+    fn start_once(command: &mut Command, file: &Path, until: Instant) -> Result<Client, NotStarted> {
+        let connection = choose_ports(file).map_err(NotStarted::Other)?;
+        let io = |e: std::io::Error| NotStarted::Other(e.to_string());
+        let program = command.get_program().to_owned();
+        let process = command.spawn().map_err(|e| NotStarted::Other(format!("{}: {e}", program.display())))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(io)?;
         let mut client = Client {
             shell: DealerSocket::new(),
@@ -76,32 +119,31 @@ impl Client {
             runtime,
             process,
             connection,
-            _dir: dir,
+            _dir: None,
         };
-        client.connect(Instant::now() + patience)?;
+        client.connect(until)?;
         Ok(client)
     }
 
-    fn connect(&mut self, until: Instant) -> Result<(), String> {
+    fn connect(&mut self, until: Instant) -> Result<(), NotStarted> {
         let c = self.connection.clone();
         let ports = [c.shell, c.control, c.stdin, c.iopub];
         // A port that answers is bound.
         for port in ports {
             while std::net::TcpStream::connect((c.ip, port)).is_err() {
                 if let Ok(Some(status)) = self.process.try_wait() {
-                    return Err(format!("the kernel ended at its start: {status}"));
+                    return Err(NotStarted::ended(status));
                 }
                 if Instant::now() > until {
-                    return Err("the kernel does not listen".into());
+                    return Err(NotStarted::Other("the kernel does not listen".into()));
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        let peer = |e: zeromq::ZmqError| e.to_string();
+        let lost = |e: zeromq::ZmqError| NotStarted::Lost(format!("the kernel's connection: {e}"));
         // All of one front end have the same identity: the kernel's questions on stdin find it.
         let Client { runtime, shell, control, stdin, iopub, .. } = self;
-        let identity: zeromq::util::PeerIdentity =
-            self.session.as_bytes()[..32].to_vec().try_into().map_err(|e: zeromq::ZmqError| e.to_string())?;
+        let identity: zeromq::util::PeerIdentity = self.session.as_bytes()[..32].to_vec().try_into().map_err(lost)?;
         let options = || {
             let mut o = zeromq::SocketOptions::default();
             o.peer_identity(identity.clone());
@@ -111,11 +153,11 @@ impl Client {
         *control = DealerSocket::with_options(options());
         *stdin = DealerSocket::with_options(options());
         runtime.block_on(async {
-            shell.connect(&c.endpoint(c.shell)).await.map_err(peer)?;
-            control.connect(&c.endpoint(c.control)).await.map_err(peer)?;
-            stdin.connect(&c.endpoint(c.stdin)).await.map_err(peer)?;
-            iopub.connect(&c.endpoint(c.iopub)).await.map_err(peer)?;
-            iopub.subscribe("").await.map_err(peer)
+            shell.connect(&c.endpoint(c.shell)).await.map_err(lost)?;
+            control.connect(&c.endpoint(c.control)).await.map_err(lost)?;
+            stdin.connect(&c.endpoint(c.stdin)).await.map_err(lost)?;
+            iopub.connect(&c.endpoint(c.iopub)).await.map_err(lost)?;
+            iopub.subscribe("").await.map_err(lost)
         })?;
         // Until an answer's status is seen on iopub, the subscription may not have arrived.
         loop {
@@ -129,11 +171,11 @@ impl Client {
                         return Ok(());
                     }
                     Ok(_) | Err(Silence::Timeout) => {}
-                    Err(Silence::Dead(how)) => return Err(format!("the kernel ended at its start: {how}")),
+                    Err(Silence::Dead(how)) => return Err(NotStarted::ended(how)),
                 }
             }
             if Instant::now() > until {
-                return Err("the kernel does not answer".into());
+                return Err(NotStarted::Other("the kernel does not answer".into()));
             }
         }
     }

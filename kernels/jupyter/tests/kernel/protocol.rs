@@ -1,12 +1,14 @@
 //! Requests other than cells, and messages that are none.
 
+use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 use zeromq::ZmqMessage;
 
-use crate::front::{Front, cell};
+use crate::client::Client;
+use crate::front::{Front, cell, target};
 use crate::wire::{Message, Signer};
 
 #[test]
@@ -153,12 +155,45 @@ fn a_connection_that_others_could_reach_is_refused() {
     for (ip, key, message) in [("0.0.0.0", "k", "loopback"), ("127.0.0.1", "", "unsigned"), ("nowhere", "k", "address")]
     {
         std::fs::write(&file, connection(ip, key).to_string()).unwrap();
-        let out = std::process::Command::new(env!("CARGO_BIN_EXE_tunebook-kernel"))
-            .arg("kernel")
-            .arg(&file)
-            .output()
-            .unwrap();
+        let out = Command::new(env!("CARGO_BIN_EXE_tunebook-kernel")).arg("kernel").arg(&file).output().unwrap();
         assert!(!out.status.success());
         assert!(String::from_utf8_lossy(&out.stderr).contains(message), "{out:?}");
     }
+}
+
+/// Ports are chosen before a kernel binds them: another program may be faster.
+#[test]
+fn a_kernel_whose_port_was_taken_is_started_with_others() {
+    let dir = tempfile::tempdir().unwrap();
+    // A program that at its first start has the port of iopub taken from the kernel, and at its second does not.
+    let program = dir.path().join("program");
+    let script = format!(
+        r#"#!/usr/bin/env python3
+import json, os, socket, sys
+file = sys.argv[-1]
+if not os.path.exists("{first}"):
+    taken = socket.create_server(("127.0.0.1", json.load(open(file))["iopub_port"]))
+    taken.set_inheritable(True)
+    open("{first}", "w").close()
+os.execv("{kernel}", ["{kernel}", "kernel", "--target", "{target}", file])
+"#,
+        first = dir.path().join("first").display(),
+        kernel = env!("CARGO_BIN_EXE_tunebook-kernel"),
+        target = target().display(),
+    );
+    std::fs::write(&program, script).unwrap();
+    let mut command = Command::new("python3");
+    command.arg(&program);
+    let mut client = Client::start(command, Duration::from_secs(60)).unwrap();
+    assert!(dir.path().join("first").exists());
+    let id = client.send_shell("kernel_info_request", json!({}));
+    assert_eq!(client.receive_shell(Duration::from_secs(10)).unwrap().parent["msg_id"], id);
+
+    // One that always ends is not started for ever.
+    let starts = dir.path().join("starts");
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("echo >> '{}'; exit 7", starts.display())).arg("kernel");
+    let why = Client::start(command, Duration::from_secs(60)).err().unwrap();
+    assert!(why.contains("ended at its start") && why.contains('7'), "{why}");
+    assert_eq!(std::fs::read_to_string(starts).unwrap(), "\n\n\n");
 }
