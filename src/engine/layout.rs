@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use candle_core::DType;
 
-use super::ops::{Bias, LinearIds, Lora, Magnitude, Moments, NestedAbsmax, TensorId, Weight};
+use super::ops::{Bias, Dequantize, LinearIds, Lora, Magnitude, Moments, NestedAbsmax, TensorId, Weight};
 use super::optimizer::MIN_8BIT_SIZE;
 use crate::model::{LinearModule, ModelSpec};
 use crate::nf4;
@@ -75,6 +75,8 @@ pub struct LayerIds {
     /// q, k, v, o, gate, up, down. A module that computes several side by side stands in the place of the first, and the
     /// others' are empty.
     pub linears: [Option<LinearIds>; 7],
+    /// The same as training computes with them, where their weights are held dequantized beside the 4-bit ones.
+    pub dequantized: Option<[Option<LinearIds>; 7]>,
 }
 
 /// The places of [`LayerIds::linears`] that a layer's modules have, in the order of [`ModelSpec::linears`].
@@ -101,6 +103,8 @@ pub struct Layout {
     pub trainables: Vec<Trainable>,
     /// Where the base weights go, in the order of the network.
     pub weights: Vec<WeightSlot>,
+    /// To be executed once the weights are there: fills those that are held dequantized.
+    pub dequantize: Vec<Dequantize>,
     /// The adapter's matrices by module name.
     pub adapters: BTreeMap<String, Lora>,
     /// u8: cuBLASLt's workspace, and what a load streams through; on a GPU.
@@ -190,7 +194,16 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
             ["q_norm", "k_norm"]
                 .map(|n| b.dense(&format!("model.layers.{l}.self_attn.{n}.weight"), &[spec.head_dim], false))
         });
-        layers.push(LayerIds { input_norm, attention_out_norm, post_norm, mlp_out_norm, qk_norm, linears });
+        let dequantized = None;
+        layers.push(LayerIds {
+            input_norm,
+            attention_out_norm,
+            post_norm,
+            mlp_out_norm,
+            qk_norm,
+            linears,
+            dequantized,
+        });
     }
     let norm = b.dense("model.norm.weight", &[c], false);
     let workspace = (cfg.device == DeviceKind::Cuda)
@@ -211,6 +224,7 @@ pub(crate) fn layout(spec: &ModelSpec, cfg: &PlanConfig, targets: &HashSet<Strin
         workspace,
         trainables: b.trainables,
         weights: b.weights,
+        dequantize: Vec::new(),
         adapters: b.adapters,
         grad_norm,
         loss,

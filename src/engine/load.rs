@@ -48,10 +48,19 @@ impl Engine {
             };
             self.ops.load(slot, &mut source).map_err(|e| e.at(slot.name.clone()))?;
         }
-        self.ops.wait()?;
+        self.dequantize_held()?;
         self.half_loaded = false;
         self.cached = None;
         Ok(())
+    }
+
+    /// Decodes the weights that the plan holds dequantized, and waits for the device.
+    fn dequantize_held(&mut self) -> Result<()> {
+        let plan = self.plan.clone();
+        for op in &plan.layout().dequantize {
+            self.ops.dequantize(op)?;
+        }
+        self.ops.wait()
     }
 
     fn check_base(&self, base: &Base) -> Result<()> {
@@ -113,7 +122,7 @@ impl Engine {
             let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
             self.ops.load(slot, &mut WeightSource::Drawn { shape: &slot.shape, constant, draw: &mut draw, seed })?;
         }
-        self.ops.wait()?;
+        self.dequantize_held()?;
         self.half_loaded = false;
         self.cached = None;
         Ok(())

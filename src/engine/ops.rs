@@ -643,6 +643,18 @@ pub struct Dequantize {
     pub lora: Option<Beside>,
 }
 
+/// B beside a weight that is held dequantized: `out[:, in..end] = [0 | scaling B]`, zeros up to `first`, as [`Dequantize`] writes it. The
+/// weight stays, B changes with every step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraB {
+    /// The pair, with its first column.
+    pub lora: Beside,
+    /// in.
+    pub in_features: usize,
+    /// `[out, row]`.
+    pub out: TensorId,
+}
+
 /// Sets accumulated gradients to zero.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Zero {
@@ -682,6 +694,7 @@ pub enum Op {
     Fetch(Fetch),
     Transferred(Transferred),
     Dequantize(Dequantize),
+    LoraB(LoraB),
     Zero(Zero),
 }
 
@@ -718,6 +731,7 @@ pub trait Ops {
     fn fetch(&mut self, op: &Fetch) -> Result<()>;
     fn transferred(&mut self, op: &Transferred) -> Result<()>;
     fn dequantize(&mut self, op: &Dequantize) -> Result<()>;
+    fn lora_b(&mut self, op: &LoraB) -> Result<()>;
     fn zero(&mut self, op: &Zero) -> Result<()>;
 
     /// Called before each operation: whatever waits may be started.
@@ -763,6 +777,7 @@ pub trait Ops {
             Op::Fetch(op) => self.fetch(op),
             Op::Transferred(op) => self.transferred(op),
             Op::Dequantize(op) => self.dequantize(op),
+            Op::LoraB(op) => self.lora_b(op),
             Op::Zero(op) => self.zero(op),
         }
     }
@@ -809,6 +824,7 @@ impl Op {
             Op::Fetch(_) => "fetch",
             Op::Transferred(_) => "transferred",
             Op::Dequantize(_) => "dequantize",
+            Op::LoraB(_) => "lora_b",
             Op::Zero(_) => "zero",
         }
     }

@@ -113,6 +113,7 @@ struct BatchIds {
 pub(crate) fn programs(spec: &ModelSpec, cfg: &PlanConfig, layout: &mut Layout, context: usize) -> Programs {
     let mut regions = Regions { list: std::mem::take(&mut layout.regions) };
     let trains = !layout.trainables.is_empty();
+    hold_dequantized(cfg, layout, &mut regions);
     let mut out = Programs::default();
     if trains {
         out.micro_step = Pass::new(spec, cfg, layout, &mut regions, Phase::MicroStep, cfg.capacity()).micro_step();
@@ -148,6 +149,71 @@ fn record(layout: &mut Layout, programs: &Programs) {
     let end = programs.generate.len().saturating_sub(1) as u32;
     for r in layout.regions.iter_mut().filter(|r| r.stage == Stage::KvCache) {
         r.lifetime = Lifetime::Within { phase: Phase::Generate, first: 0, last: end };
+    }
+}
+
+/// The places of the modules that read the same input as the one in place `m`.
+fn siblings(m: usize) -> std::ops::RangeInclusive<usize> {
+    match m {
+        Q..=V => Q..=V,
+        GATE..=UP => GATE..=UP,
+        _ => m..=m,
+    }
+}
+
+/// The adapted modules of a layer that read the same input as the one in place `m`, each with the column of that input where its
+/// low-rank product lies: on a GPU, where the base product takes it along. Not attention's output, which its kernels write and
+/// read as heads, not widths that are no whole vectors, and not where DoRA scales the product after it.
+fn adapters(cfg: &PlanConfig, linears: &[Option<LinearIds>; 7], m: usize) -> Vec<(usize, Beside)> {
+    let dora = cfg.lora.as_ref().is_some_and(|l| l.use_dora);
+    if cfg.device != DeviceKind::Cuda || m == O || dora {
+        return Vec::new();
+    }
+    let mut out: Vec<(usize, Beside)> = Vec::new();
+    for place in siblings(m) {
+        let Some(linear) = &linears[place] else { continue };
+        if linear.in_features % 8 != 0 {
+            return Vec::new();
+        }
+        let Some(lora) = linear.lora else { continue };
+        let first = out.last().map_or(linear.in_features, |(_, before)| before.end());
+        out.push((place, Beside { lora, first }));
+    }
+    out
+}
+
+/// Where the low-rank product of the module in place `m` lies in its input, if it does.
+fn beside(cfg: &PlanConfig, linears: &[Option<LinearIds>; 7], m: usize) -> Option<Beside> {
+    adapters(cfg, linears, m).into_iter().find(|(place, _)| *place == m).map(|(_, beside)| beside)
+}
+
+/// A 4-bit weight of a layer in the compute dtype, with room for B beside it where it lies there: the operation that fills
+/// it, and the module that has it. `None` for an empty place and a dense weight.
+fn dequantized(
+    cfg: &PlanConfig,
+    linears: &[Option<LinearIds>; 7],
+    m: usize,
+    region: impl FnOnce(&[usize]) -> TensorId,
+) -> Option<(Dequantize, LinearIds)> {
+    let linear = linears[m].filter(|linear| matches!(linear.weight, Weight::Nf4 { .. }))?;
+    let (weight, in_features, lora) = (linear.weight, linear.in_features, beside(cfg, linears, m));
+    let out = region(&[linear.out_features, lora.map_or(in_features, |b| b.row())]);
+    Some((Dequantize { weight, in_features, out, lora }, LinearIds { weight: Weight::Dense { w: out }, ..linear }))
+}
+
+/// The regions of the layers that are held dequantized, and what fills them.
+fn hold_dequantized(cfg: &PlanConfig, layout: &mut Layout, regions: &mut Regions) {
+    for (l, layer) in layout.layers.iter_mut().enumerate().take(cfg.dequantized_layers) {
+        let mut linears = layer.linears;
+        for (m, held) in linears.iter_mut().enumerate() {
+            let name = format!("layer {l} weight {m} dequantized");
+            let region = |shape: &[usize]| regions.persistent(&name, Stage::Weights, cfg.compute_dtype, shape);
+            if let Some((op, linear)) = dequantized(cfg, &layer.linears, m, region) {
+                layout.dequantize.push(op);
+                *held = Some(linear);
+            }
+        }
+        layer.dequantized = Some(linears);
     }
 }
 
@@ -289,7 +355,7 @@ impl<'a> Pass<'a> {
         (out, rstd)
     }
 
-    /// The places of the modules whose decoded weights are kept.
+    /// The places of the modules whose decoded weights are kept from a layer's recomputation to its gradients.
     fn kept(&self) -> Vec<usize> {
         let all = places(self.spec).iter().zip(kept_modules(self.spec));
         all.filter(|(_, (name, _))| self.cfg.keeps_dequantized(name)).map(|(&place, _)| place).collect()
@@ -297,18 +363,13 @@ impl<'a> Pass<'a> {
 
     /// Decodes those of the 4-bit weights in the places `kept` that both the recomputation and the backward pass of layer `l` read.
     fn decode(&mut self, l: usize, kept: &[usize]) {
-        let mut linears = self.layout.layers[l].linears;
+        let mut linears = *self.linears(l);
         for &m in kept {
-            let Some(linear) = &mut linears[m] else { continue };
-            if matches!(linear.weight, Weight::Nf4 { .. }) {
-                let (weight, in_features) = (linear.weight, linear.in_features);
-                let lora = self.beside(l, m);
-                let row = lora.map_or(in_features, |b| b.row());
-                let shape = [linear.out_features, row];
-                let name = format!("layer {l} weight {m} decoded");
-                let out = self.regions.within(self.phase, &name, Stage::Scratch, self.cfg.compute_dtype, &shape);
-                self.push(Op::Dequantize(Dequantize { weight, in_features, out, lora }));
-                linear.weight = Weight::Dense { w: out };
+            let (phase, dtype, name) = (self.phase, self.cfg.compute_dtype, format!("layer {l} weight {m} decoded"));
+            let region = |shape: &[usize]| self.regions.within(phase, &name, Stage::Scratch, dtype, shape);
+            if let Some((op, linear)) = dequantized(self.cfg, &linears, m, region) {
+                self.push(Op::Dequantize(op));
+                linears[m] = Some(linear);
             }
         }
         self.decoded = Some((l, linears));
@@ -332,39 +393,14 @@ impl<'a> Pass<'a> {
         (y, xa)
     }
 
-    /// The places of the modules that read the same input as the one in place `m`.
-    fn siblings(m: usize) -> std::ops::RangeInclusive<usize> {
-        match m {
-            Q..=V => Q..=V,
-            GATE..=UP => GATE..=UP,
-            _ => m..=m,
-        }
-    }
-
-    /// The adapted modules of layer `l` that read the same input as the one in place `m`, each with the column of that input where its
-    /// low-rank product lies: on a GPU, where the base product takes it along. Not attention's output, which its kernels write and
-    /// read as heads, not widths that are no whole vectors, and not where DoRA scales the product after it.
+    /// See [`adapters`].
     fn adapters(&self, l: usize, m: usize) -> Vec<(usize, Beside)> {
-        let dora = self.cfg.lora.as_ref().is_some_and(|l| l.use_dora);
-        if self.cfg.device != DeviceKind::Cuda || m == O || dora {
-            return Vec::new();
-        }
-        let mut out: Vec<(usize, Beside)> = Vec::new();
-        for place in Self::siblings(m) {
-            let Some(linear) = &self.layout.layers[l].linears[place] else { continue };
-            if linear.in_features % 8 != 0 {
-                return Vec::new();
-            }
-            let Some(lora) = linear.lora else { continue };
-            let first = out.last().map_or(linear.in_features, |(_, before)| before.end());
-            out.push((place, Beside { lora, first }));
-        }
-        out
+        adapters(self.cfg, &self.layout.layers[l].linears, m)
     }
 
-    /// Where the low-rank product of the module in place `m` lies in its input, if it does.
+    /// See [`beside`].
     fn beside(&self, l: usize, m: usize) -> Option<Beside> {
-        self.adapters(l, m).into_iter().find(|(place, _)| *place == m).map(|(_, beside)| beside)
+        beside(self.cfg, &self.layout.layers[l].linears, m)
     }
 
     /// Elements from row to row of the input of the module in place `m`, which has `width` columns.
@@ -395,11 +431,30 @@ impl<'a> Pass<'a> {
 
     /// The module that stands in a place; empty places are never asked for.
     fn module(&self, l: usize, m: usize) -> LinearIds {
-        let linears = match &self.decoded {
-            Some((of, linears)) if *of == l => linears,
-            _ => &self.layout.layers[l].linears,
-        };
-        linears[m].expect("the family has a module in this place")
+        self.linears(l)[m].expect("the family has a module in this place")
+    }
+
+    /// The modules of layer `l` with the weights that this phase computes with.
+    fn linears(&self, l: usize) -> &[Option<LinearIds>; 7] {
+        let layer = &self.layout.layers[l];
+        match (&self.decoded, &layer.dequantized) {
+            (Some((of, linears)), _) if *of == l => linears,
+            // Where B is put beside them.
+            (_, Some(linears)) if self.phase == Phase::MicroStep => linears,
+            _ => &layer.linears,
+        }
+    }
+
+    /// B beside those weights of layer `l` that are held dequantized.
+    fn place_b(&mut self, l: usize) {
+        for m in 0..self.layout.layers[l].linears.len() {
+            let Some(LinearIds { weight: Weight::Dense { w: out }, in_features, .. }) = self.linears(l)[m] else {
+                continue;
+            };
+            if let Some(lora) = self.beside(l, m).filter(|_| self.layout.layers[l].dequantized.is_some()) {
+                self.push(Op::LoraB(LoraB { lora, in_features, out }));
+            }
+        }
     }
 
     /// The modules of the places from `first` on, computed from `x`: as many tensors as `names` has, of these widths.
@@ -552,6 +607,9 @@ impl<'a> Pass<'a> {
         let mut delta = None;
         let mut all = Vec::with_capacity(self.spec.num_hidden_layers);
         for l in 0..self.spec.num_hidden_layers {
+            if self.phase == Phase::MicroStep {
+                self.place_b(l);
+            }
             let (acts, down) = self.layer(l, residual, delta, true);
             all.push(acts);
             residual = acts.middle;
@@ -823,7 +881,7 @@ impl<'a> Pass<'a> {
         (x, rstd): (TensorId, TensorId),
         norm: NormIds,
     ) -> Option<TensorId> {
-        if !self.any_learns(l, Self::siblings(m)) || kept.is_some() {
+        if !self.any_learns(l, siblings(m)) || kept.is_some() {
             return kept;
         }
         let row = self.input_row(l, m, self.hidden());

@@ -121,6 +121,7 @@ impl Op {
                 add(&[o.out]);
                 add(o.lora.map(|m| m.lora.b).as_slice());
             }
+            Op::LoraB(o) => add(&[o.lora.lora.b, o.out]),
             Op::Zero(o) => add(&o.tensors),
         }
         ids

@@ -140,6 +140,10 @@ pub struct PlanConfig {
     /// recomputed.
     #[serde(default)]
     pub keep_dequantized_modules: Option<Vec<String>>,
+    /// Layers, from the first on, whose 4-bit weights are also held in the compute dtype, so that training need not decode them: faster, and that
+    /// much more memory.
+    #[serde(default)]
+    pub dequantized_layers: usize,
     /// Positions of the KV cache; `None`: what fits into the space that training needs anyway, at least 256.
     pub max_context: Option<usize>,
 }
@@ -225,6 +229,13 @@ impl PlanConfig {
                 let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
                 return bad("keep_dequantized_modules", &names.join(", "), name.clone());
             }
+        }
+        if self.dequantized_layers > spec.num_hidden_layers {
+            let expected = format!("at most the {} layers of the model", spec.num_hidden_layers);
+            return bad("dequantized_layers", &expected, self.dequantized_layers.to_string());
+        }
+        if self.dequantized_layers > 0 && self.method != Method::Qlora {
+            return bad("dequantized_layers", "0 where no 4-bit weight is trained on", self.method.label().into());
         }
         if let Some(lora) = &self.lora {
             lora.validate()?;

@@ -151,6 +151,10 @@ fn candidates(plan: &MemoryPlan, gpu: &Gpu) -> Vec<Candidate> {
     }
     add(".ce_chunk(256)", "nothing worth measuring", Box::new(|c| c.ce_chunk = c.ce_chunk.min(256)));
     let trains = plan.trainable_params() > 0;
+    if config.dequantized_layers > 0 {
+        let fewer: fn(&mut PlanConfig) = |c| c.dequantized_layers = 0;
+        add(".dequantized_layers(0)", "4-bit weights are decoded in every pass", Box::new(fewer));
+    }
     if trains {
         if config.optim == Optim::AdamW && !config.method.is_full() || config.optim == Optim::AdamW8bit {
             let page = |c: &mut PlanConfig| (c.optim, c.resident_state) = (Optim::PagedAdamW8bit, false);
@@ -234,7 +238,7 @@ fn smallest(spec: &ModelSpec, config: &PlanConfig) -> PlanConfig {
     let gpu = c.device == DeviceKind::Cuda;
     c.host_embeddings = gpu && !spec.tie_word_embeddings && !c.method.is_full();
     c.host_checkpoints = gpu;
-    (c.keep_dequantized, c.keep_dequantized_modules) = (false, None);
+    (c.keep_dequantized, c.keep_dequantized_modules, c.dequantized_layers) = (false, None, 0);
     c.micro_batch_size = 1;
     c.checkpointing = Checkpointing::All;
     c.ce_chunk = c.ce_chunk.min(256);

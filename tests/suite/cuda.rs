@@ -145,6 +145,15 @@ fn the_same_bits_twice_and_with_any_layer_recomputed() {
                     same(&what, &first, &steps(&model, plan, lora.as_ref()));
                 }
             }
+            for held in
+                [1, 3].into_iter().filter(|_| lora.is_some() && plan.clone().dequantized_layers(1).build().is_ok())
+            {
+                for layers in [0, 3] {
+                    let plan = plan.clone().checkpointing(Checkpointing::Layers(layers)).dequantized_layers(held);
+                    let what = format!("{name}, {layers} recomputed, {held} held dequantized");
+                    same(&what, &first, &steps(&model, plan, lora.as_ref()));
+                }
+            }
         }
         let pure = MemoryPlan::full(model.spec()).pure_bf16();
         same("pure bf16", &steps(&model, pure.clone(), None), &steps(&model, pure, None));

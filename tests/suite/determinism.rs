@@ -86,7 +86,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     same_bits(&model, MemoryPlan::full(model.spec()), None);
 }
 
-/// Layer inputs and embeddings on the host, weights decoded once: other places and other operations, the same numbers.
+/// Layer inputs and embeddings on the host, weights decoded once or held dequantized: other places and other operations, the same numbers.
 #[test]
 fn where_tensors_lie_changes_no_bit() {
     let model = model();
@@ -96,7 +96,8 @@ fn where_tensors_lie_changes_no_bit() {
     for layers in [Checkpointing::All, Checkpointing::Layers(1), Checkpointing::None] {
         let moved = plain.clone().checkpointing(layers).host_checkpoints(true).host_embeddings(true);
         let some = moved.clone().keep_dequantized_modules(["q_proj", "up_proj"]);
-        for plan in [moved.clone(), moved.keep_dequantized(true), some] {
+        let held = [1, 2].map(|n| moved.clone().keep_dequantized(true).dequantized_layers(n));
+        for plan in [moved.clone(), moved.keep_dequantized(true), some].into_iter().chain(held) {
             let found = steps(&model, plan, Some(&lora), 2);
             for ((name, a), (_, b)) in expected.iter().zip(&found) {
                 assert!(a == b, "{name} has other bits with {layers}");

@@ -110,6 +110,40 @@ fn decoded_weights_are_kept_as_far_as_there_is_room() {
     assert!(e.contains("down_proj") && e.contains("gate_proj"), "{e}");
 }
 
+/// Layers that are held dequantized: their weights in bf16 with the columns of B beside them, and nothing to decode in a step.
+#[test]
+fn weights_held_dequantized_are_not_decoded_in_a_step() {
+    let spec = mistral();
+    let builder = || MemoryPlan::qlora(&spec).r(16).batch(2).optim(Optim::PagedAdamW8bit).keep_dequantized(true);
+    let plan = |layers: usize| builder().dequantized_layers(layers).build().unwrap();
+    let (none, some, all) = (plan(0), plan(5), plan(32));
+    let row = |k: usize, ranks: usize| (k + 16 * ranks).next_multiple_of(64);
+    let attention = 4096 * row(4096, 1) + 1024 * (row(4096, 2) + row(4096, 3)) + 4096 * 4096;
+    let layer = 2 * (attention + 14336 * (row(4096, 1) + row(4096, 2)) + 4096 * row(14336, 1)) as u64;
+    assert_eq!(some.persistent_bytes() - none.persistent_bytes(), 5 * layer);
+    assert_eq!(all.persistent_bytes() - none.persistent_bytes(), 32 * layer);
+    // The rest needs less: no weight is decoded on the way.
+    assert!(all.phase_bytes(Phase::MicroStep) < none.phase_bytes(Phase::MicroStep));
+    let count =
+        |plan: &MemoryPlan, name: &str| plan.program(Phase::MicroStep).iter().filter(|op| op.name() == name).count();
+    // Six of a recomputed layer's seven are decoded for its gradients; B lies beside all but attention's output.
+    assert_eq!([&none, &some, &all].map(|p| count(p, "dequantize")), [32 * 6, 27 * 6, 0]);
+    assert_eq!([&none, &some, &all].map(|p| count(p, "lora_b")), [0, 5 * 6, 32 * 6]);
+    for phase in [Phase::Evaluate, Phase::Logits, Phase::Generate] {
+        let names = |plan: &MemoryPlan| plan.program(phase).iter().map(Op::name).collect::<Vec<_>>();
+        assert_eq!(names(&all), names(&none), "{phase:?}");
+    }
+    // What does not fit is first of all not held.
+    let mut card = Gpu::preset("rtx-4090").unwrap();
+    card.total_bytes = none.process_bytes(&card);
+    let fit = all.fits(card).unwrap();
+    assert_eq!(fit.changes[0].what, ".dequantized_layers(0)");
+    let e = builder().dequantized_layers(33).build().unwrap_err().to_string();
+    assert!(e.contains("dequantized_layers") && e.contains("32"), "{e}");
+    let e = MemoryPlan::lora(&spec).dequantized_layers(1).build().unwrap_err().to_string();
+    assert!(e.contains("dequantized_layers") && e.contains("LoRA"), "{e}");
+}
+
 /// With dropout, on a GPU: the low-rank product just before a module's gradients leaves its dropped input and mask for them; that of the
 /// forward pass leaves nothing, for it would live until then.
 #[test]

@@ -32,6 +32,7 @@ struct Case {
     /// Embeddings and the inputs of recomputed layers on the host.
     host: bool,
     keep_dequantized: bool,
+    dequantized_layers: usize,
     double_quant: bool,
     dropout: f64,
 }
@@ -47,13 +48,14 @@ const QLORA: Case = Case {
     optim: Optim::PagedAdamW8bit,
     host: false,
     keep_dequantized: false,
+    dequantized_layers: 0,
     double_quant: true,
     dropout: 0.0,
 };
 const LORA: Case = Case { name: "LoRA", method: Method::Lora, nf4: false, ..QLORA };
 const INFERENCE: Case = Case { name: "inference", method: Method::Inference, r: 0, ..QLORA };
 
-const CASES: [Case; 24] = [
+const CASES: [Case; 25] = [
     QLORA,
     Case { name: "QLoRA, batch 4", batch: 4, ..QLORA },
     Case { name: "QLoRA, batch 16", batch: 16, ..QLORA },
@@ -66,6 +68,7 @@ const CASES: [Case; 24] = [
     Case { name: "QLoRA, r 16, on the host what can be", r: 16, host: true, ..QLORA },
     Case { name: "QLoRA, on the host what can be", batch: 4, host: true, ..QLORA },
     Case { name: "QLoRA, decoded once", batch: 4, keep_dequantized: true, ..QLORA },
+    Case { name: "QLoRA, 16 layers held dequantized", batch: 4, dequantized_layers: 16, ..QLORA },
     Case { name: "QLoRA, f32 scales", double_quant: false, ..QLORA },
     Case { name: "QLoRA, dropout 0.1", batch: 4, dropout: 0.1, ..QLORA },
     Case {
@@ -164,7 +167,8 @@ impl Case {
             plan = plan.r(self.r).lora_dropout(self.dropout);
         }
         if self.method == Method::Qlora {
-            plan = plan.double_quant(self.double_quant);
+            let layers = self.dequantized_layers.min(spec.num_hidden_layers);
+            plan = plan.double_quant(self.double_quant).dequantized_layers(layers);
         }
         if self.method == Method::Inference {
             plan = plan.quantization(self.nf4.then(Nf4Config::default));

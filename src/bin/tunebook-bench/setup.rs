@@ -51,6 +51,7 @@ fn plan_options() -> Vec<Opt> {
         switch("host-checkpoints", "inputs of recomputed layers wait in host memory"),
         switch("keep-dequantized", "a recomputed layer's weights are decoded once"),
         opt("keep-dequantized-modules", "A,B", "those of these modules alone: q_proj,up_proj"),
+        opt("dequantized-layers", "N", "the weights of the first N layers are held dequantized as well (0)"),
         opt("ce-chunk", "N", "rows of logits that the loss holds at a time (256)"),
     ]
 }
@@ -176,6 +177,7 @@ impl Setup {
             .host_embeddings(args.has("host-embeddings"))
             .host_checkpoints(args.has("host-checkpoints"))
             .keep_dequantized(args.has("keep-dequantized"))
+            .dequantized_layers(args.or("dequantized-layers", 0)?)
             .ce_chunk(args.at_least_one("ce-chunk", 256)?);
         if let Some(names) = args.text("keep-dequantized-modules") {
             plan = plan.keep_dequantized_modules(names.split(','));
@@ -252,6 +254,7 @@ pub fn asked(plan: &MemoryPlan, weights: &str, seed: u64) -> Map<String, Value> 
         "host_checkpoints": c.host_checkpoints,
         "keep_dequantized": c.keep_dequantized,
         "keep_dequantized_modules": c.keep_dequantized_modules,
+        "dequantized_layers": c.dequantized_layers,
         "ce_chunk": c.ce_chunk,
         "seed": seed,
     }))

@@ -6,7 +6,9 @@ use super::CpuOps;
 use super::math::{dot, vectorised};
 use super::matmul::{Matrix, matmul};
 use crate::engine::dropout::dropout;
-use crate::engine::ops::{Dequantize, Linear, LinearBackward, LinearIds, Lora, Magnitude, Scratch, Weight};
+use crate::engine::ops::{
+    Beside, Dequantize, Linear, LinearBackward, LinearIds, Lora, LoraB, Magnitude, Scratch, Weight,
+};
 use crate::nf4::{AbsmaxRef, dequantize_into};
 
 /// Columns of a bias's gradient that one task owns: it adds all tokens to them, in order.
@@ -278,14 +280,22 @@ impl CpuOps {
         }
         let mut dense = vec![0f32; out.len() / row * k];
         self.decode(op.weight, &mut dense);
-        for (i, (out, w)) in out.chunks_exact_mut(row).zip(dense.chunks_exact(k)).enumerate() {
+        for (out, w) in out.chunks_exact_mut(row).zip(dense.chunks_exact(k)) {
             out[..k].copy_from_slice(w);
-            let Some(beside) = op.lora else { continue };
-            let lora = beside.lora;
-            // SAFETY: only read.
-            let b = unsafe { &self.slice::<f32>(lora.b)[i * lora.r..][..lora.r] };
-            out[k..beside.end()].fill(0.0);
-            out[beside.first..].iter_mut().zip(b).for_each(|(o, b)| *o = lora.scaling * b);
+        }
+        if let Some(lora) = op.lora {
+            self.beside_rows(&LoraB { lora, in_features: k, out: op.out });
+        }
+    }
+
+    /// The scaled B beside a weight.
+    pub(super) fn beside_rows(&self, op: &LoraB) {
+        let (k, row, Beside { lora, first }) = (op.in_features, self.width(op.out), op.lora);
+        // SAFETY: regions of one operation; B is only read.
+        let (out, b) = unsafe { (self.slice::<f32>(op.out), self.slice::<f32>(lora.b)) };
+        for (out, b) in out.chunks_exact_mut(row).zip(b.chunks_exact(lora.r)) {
+            out[k..op.lora.end()].fill(0.0);
+            out[first..].iter_mut().zip(b).for_each(|(o, b)| *o = lora.scaling * b);
         }
     }
 

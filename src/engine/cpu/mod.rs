@@ -322,6 +322,10 @@ impl Ops for CpuOps {
         self.decode_rows(op);
         Ok(())
     }
+    fn lora_b(&mut self, op: &LoraB) -> Result<()> {
+        self.beside_rows(op);
+        Ok(())
+    }
     fn zero(&mut self, op: &Zero) -> Result<()> {
         for &id in &op.tensors {
             // SAFETY: one region at a time, exclusive borrow.

@@ -165,11 +165,23 @@ impl CudaOps {
             return Ok(Matrix::new(self.ptr(w), self.dtype, self.width(w)).columns(m.first));
         }
         let columns = low_rank_columns(lora.r);
-        let [rows, r, from, first, row] = [n, lora.r, 0, 0, columns].map(|n| Arg::U32(n as u32));
-        let (b, out) = (Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(space));
-        let args = [b, out, rows, r, from, first, row, Arg::F32(lora.scaling)];
-        self.gpu.launch("lora", "lora_columns", self.elements(n * columns), &args)?;
+        self.columns_of_b(lora, space, n, (0, 0, columns))?;
         Ok(Matrix::new(space, self.dtype, columns))
+    }
+
+    /// `scaling * B` in the columns of the matrix at `out` from `first` on, zeros in those from `from` on before them; `n` rows, `row`
+    /// elements apart.
+    pub(super) fn columns_of_b(
+        &self,
+        lora: &Lora,
+        out: u64,
+        n: usize,
+        (from, first, row): (usize, usize, usize),
+    ) -> Result<()> {
+        let work = n * (first + low_rank_columns(lora.r) - from);
+        let [n, r, from, first, row] = [n, lora.r, from, first, row].map(|n| Arg::U32(n as u32));
+        let args = [Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(out), n, r, from, first, row, Arg::F32(lora.scaling)];
+        self.gpu.launch("lora", "lora_columns", self.elements(work), &args)
     }
 
     /// A of every pair, one below the other, in the compute dtype at `out`.

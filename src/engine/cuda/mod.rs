@@ -401,6 +401,10 @@ impl Ops for CudaOps {
         let numel = self.region(op.out).shape[0] * k;
         self.decode(&op.weight, numel, self.ptr(op.out), nf4::Rows { k, row, beside })
     }
+    fn lora_b(&mut self, op: &LoraB) -> Result<()> {
+        let (shape, k) = (&self.region(op.out).shape, op.in_features);
+        self.columns_of_b(&op.lora.lora, self.ptr(op.out), shape[0], (k, op.lora.first, shape[1]))
+    }
     fn zero(&mut self, op: &Zero) -> Result<()> {
         self.launch_updates()?;
         let arrays: Vec<_> = op.tensors.iter().map(|&id| (self.ptr(id), self.region(id).bytes() as usize)).collect();

@@ -4,7 +4,7 @@ use super::linear::{SCALING, TOLERANCE, base, scaled};
 use super::*;
 use crate::engine::dropout::dropout;
 use crate::engine::ops::{
-    AdaptedModule, Beside, Dequantize, Dropped, Linear, LinearBackward, LinearIds, Lora, LoraA, LoraBackward,
+    AdaptedModule, Beside, Dequantize, Dropped, Linear, LinearBackward, LinearIds, Lora, LoraA, LoraB, LoraBackward,
     SplitColumns, Weight, low_rank_columns,
 };
 use crate::nf4::{Nf4Config, QuantType};
@@ -16,6 +16,8 @@ enum Kept {
     FourBit(Nf4Config),
     /// Decoded before the forward pass, with B beside them.
     Decoded(Nf4Config),
+    /// So, and another B after that.
+    Held(Nf4Config),
 }
 
 /// One module of a group.
@@ -34,7 +36,7 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
     b.part(format!("{n} x {k}, r {r}, {kept:?}, dropout {p}, module {number}"));
     let quant = match kept {
         Kept::Dense => None,
-        Kept::FourBit(config) | Kept::Decoded(config) => Some(config),
+        Kept::FourBit(config) | Kept::Decoded(config) | Kept::Held(config) => Some(config),
     };
     let (weight, w) = base(b, (n, k), quant);
     let (a, bb) = (b.random(r * k), b.random(n * r));
@@ -50,11 +52,19 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
         magnitude: None,
     };
     let mut linear = LinearIds { out_features: n, in_features: k, weight, grad: None, bias: None, lora: Some(lora) };
-    if matches!(kept, Kept::Decoded(_)) {
+    if matches!(kept, Kept::Decoded(_) | Kept::Held(_)) {
         // What is beyond the columns of B stays NaN, and nobody reads it.
         let beside = Beside { lora, first };
         let out = b.between("decoded", &[n, beside.row()], &[]);
-        b.op(Op::Dequantize(Dequantize { weight, in_features: k, out, lora: Some(beside) }));
+        let mut before = beside;
+        if matches!(kept, Kept::Held(_)) {
+            let other = b.random(n * r);
+            before.lora.b = b.f32s("B before", &[n, r], &other);
+        }
+        b.op(Op::Dequantize(Dequantize { weight, in_features: k, out, lora: Some(before) }));
+        if matches!(kept, Kept::Held(_)) {
+            b.op(Op::LoraB(LoraB { lora: beside, in_features: k, out }));
+        }
         linear.weight = Weight::Dense { w: out };
     }
     Module { n, linear, w, a, b: bb, grads, first }
@@ -162,11 +172,18 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
 
 const WIDTHS_IN: [usize; 3] = [48, 72, 264];
 
-fn kinds() -> [Kept; 5] {
+fn kinds() -> [Kept; 6] {
     let nested = Nf4Config::default();
     let plain = Nf4Config { double_quant: false, ..nested };
     let fp4 = Nf4Config { quant_type: QuantType::Fp4, blocksize: 128, ..plain };
-    [Kept::Dense, Kept::FourBit(nested), Kept::FourBit(fp4), Kept::Decoded(nested), Kept::Decoded(plain)]
+    [
+        Kept::Dense,
+        Kept::FourBit(nested),
+        Kept::FourBit(fp4),
+        Kept::Decoded(nested),
+        Kept::Decoded(plain),
+        Kept::Held(nested),
+    ]
 }
 
 #[test]
