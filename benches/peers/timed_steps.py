@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import subprocess
 import time
 
 import torch
@@ -27,6 +28,7 @@ def arguments(parser, warmup):
     for name, default in defaults:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--between", metavar="COMMAND", help="run after each run: ours, so that the two take turns on one card")
 
 
 def run(peer, modules, args, model, trained, optimizer, ids, device, **more):
@@ -73,3 +75,5 @@ def run(peer, modules, args, model, trained, optimizer, ids, device, **more):
             "loss_last": last,
         }
         print(json.dumps(line), flush=True)
+        if args.between:
+            subprocess.run(args.between, shell=True, check=True)

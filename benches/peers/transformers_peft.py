@@ -3,6 +3,8 @@
     python benches/peers/transformers_peft.py --batch 4 --seq 512 --r 64 --steps 50 --runs 3
     tunebook-bench train-step --random-weights --device cuda --batch 4 --seq 512 --r 64 --optimizer adamw_8bit --keep-dequantized --steps 50
 
+(the second as `--between` of the first, so that they take turns).
+
 Both: random weights, NF4 with nested scales, LoRA on the seven projections of each layer, every layer's input the only thing kept (gradient
 checkpointing), 8-bit AdamW, clipping, one step after the other without a trainer, its log or its data loader. PEFT's recipe otherwise:
 prepare_model_for_kbit_training, bf16 autocast, SDPA. One JSON line for each run: steps timed one by one, the card waited for.

@@ -3,6 +3,8 @@
     python benches/peers/unsloth_qlora.py --batch 4 --seq 512 --r 64 --steps 50 --runs 3
     tunebook-bench train-step --random-weights --device cuda --batch 4 --seq 512 --r 64 --optimizer adamw_8bit --keep-dequantized --steps 50
 
+(the second as `--between` of the first, so that they take turns).
+
 Both: random weights, NF4 with nested scales, LoRA on the seven projections of each layer, every layer's input the only thing kept (Unsloth's own
 gradient checkpointing moves it to the host; `--checkpointing plain` leaves it on the card), 8-bit AdamW, clipping, one step after the other
 without a trainer. A checkpoint of random weights is written to `--dir` first (14.5 GB; memory will do: /dev/shm). One JSON line for each run.
