@@ -4,10 +4,12 @@
 mod args;
 mod batches;
 mod device;
+mod files;
 mod flops;
 mod generate;
 mod load;
 mod memory;
+mod merge;
 mod nf4;
 mod ops;
 mod report;
@@ -29,7 +31,7 @@ struct Command {
     run: fn(&Args) -> Result<()>,
 }
 
-const COMMANDS: [Command; 6] = [
+const COMMANDS: [Command; 7] = [
     Command {
         name: "train-step",
         about: "training steps: tokens per second, memory, FLOP per second",
@@ -54,6 +56,12 @@ const COMMANDS: [Command; 6] = [
         about: "prompt and decoding speed of one sequence, with and without the adapter",
         options: generate::options,
         run: generate::run,
+    },
+    Command {
+        name: "merge",
+        about: "an adapter merged into its base, from the page cache into files: seconds and host memory",
+        options: merge::options,
+        run: merge::run,
     },
     Command {
         name: "memory",

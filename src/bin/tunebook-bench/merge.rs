@@ -1,0 +1,92 @@
+//! `merge`: an adapter merged into a base of random weights, from the page cache into a new directory.
+
+use serde_json::{Value, json};
+use tunebook::Result;
+use tunebook::lora::{self, Adapter, LoraConfig, MergeBase};
+use tunebook::model::{Base, ModelSpec};
+use tunebook::nf4::Nf4Config;
+
+use crate::args::{Args, Opt, opt, switch};
+use crate::report::{self, gib, least, median, timed};
+use crate::{device, files, nf4, rss, setup};
+
+pub fn options() -> Vec<Opt> {
+    vec![
+        opt("preset", "NAME", "a known model's shape (mistral-7b-v0.1)"),
+        opt("layers", "N", "another number of layers, for quick checks"),
+        opt("r", "N", "LoRA rank, on every linear module of the layers (64)"),
+        opt("onto", "original|dequantized|quantized", "which weights the adapter is added to (original)"),
+        switch(
+            "costs",
+            "measure what each choice of base costs as well, as MergeOnto::save does unless told otherwise",
+        ),
+        opt("repeats", "N", "timed merges, each into a directory of its own (3)"),
+        opt("dir", "DIR", "where the temporary directories are written (the system's)"),
+        opt("seed", "N", "of weights and adapter (0)"),
+    ]
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
+    setup::override_layers(args, &mut spec, true)?;
+    let (r, seed) = (args.at_least_one("r", 64)?, args.or("seed", 0)?);
+    let onto = args.one_of("onto", &["original", "dequantized", "quantized"])?;
+    let base = match onto {
+        "dequantized" => MergeBase::Dequantized(Nf4Config::default()),
+        "quantized" => MergeBase::Quantized(Nf4Config::default()),
+        _ => MergeBase::Original,
+    };
+    let repeats = args.at_least_one("repeats", 3)?;
+    let directory = files::directory(args)?;
+    let (model, adapter) = (directory.path().join("base"), directory.path().join("adapter"));
+    std::fs::create_dir(&model).map_err(|e| tunebook::Error::io("create", &model, e))?;
+    files::write_checkpoint(&spec, &model, seed)?;
+    write_adapter(&spec, &adapter, r, seed)?;
+    files::warm(&Base::from_dir(&model)?)?;
+    let (mut seconds, mut growth, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for i in 0..repeats {
+        let out = directory.path().join(format!("merged-{i}"));
+        let merge = lora::merge(&model, &adapter)?.onto(base);
+        let merge = if args.has("costs") { merge } else { merge.without_costs() };
+        let ((report, s), grown) = rss::watch(|| timed(|| merge.save(&out)));
+        bytes = report?.bytes;
+        seconds.push(s);
+        growth.push(grown);
+        std::fs::remove_dir_all(&out).map_err(|e| tunebook::Error::io("remove", &out, e))?;
+    }
+    let anonymous = growth.iter().filter_map(|g| g.anonymous_peak).max();
+    eprintln!(
+        "{} in {:.2} s median, {:.2} s best, {} of anonymous memory",
+        gib(bytes),
+        median(&seconds),
+        least(&seconds),
+        anonymous.map_or("an unknown amount".into(), gib)
+    );
+    let line = setup::fields(json!({
+        "bench": "merge",
+        "model": spec.name,
+        "layers": spec.num_hidden_layers,
+        "r": r,
+        "onto": onto,
+        "costs": args.has("costs"),
+        "device": device::cpu_name(),
+        "threads": rayon::current_num_threads(),
+        "bytes": bytes,
+        "seconds_median": median(&seconds),
+        "seconds_best": least(&seconds),
+        "seconds": seconds,
+        "host_anonymous_peak_growth_bytes": growth.iter().map(|g| g.anonymous_peak).collect::<Vec<_>>(),
+    }));
+    report::line(&Value::Object(line))
+}
+
+/// An adapter on every linear module, with random A and B.
+fn write_adapter(spec: &ModelSpec, dir: &std::path::Path, r: usize, seed: u64) -> Result<()> {
+    let mut adapter = Adapter::init(spec, &LoraConfig { r, ..LoraConfig::default() }, seed)?;
+    let values = nf4::normal(seed + 1);
+    for pair in adapter.tensors.values_mut() {
+        let drawn = values.iter().cycle();
+        pair.b.iter_mut().zip(drawn).for_each(|(b, v)| *b = v.to_f32());
+    }
+    adapter.save(dir)
+}
