@@ -39,6 +39,9 @@ speed() {
     "$dir/tunebook-bench" "${small[@]}" --optimizer paged_adamw_8bit "${host[@]}" --keep-dequantized-modules q_proj,k_proj,v_proj,o_proj,up_proj
     "$dir/tunebook-bench" nf4 --device cuda
     "$dir/tunebook-bench" load --random-weights --device cuda --r 64 --dir /dev/shm
+    # 7B on all cores, base and result in memory: 29 GB of it.
+    "$dir/tunebook-bench" merge --dir /dev/shm
+    "$dir/tunebook-bench" merge --dir /dev/shm --onto dequantized
     "$dir/tunebook-bench" generate --random-weights --device cuda --r 64
     "$dir/tunebook-bench" generate --random-weights --device cuda --method inference
 }

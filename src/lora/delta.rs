@@ -67,7 +67,13 @@ pub(super) fn round_to(dtype: DType, values: &mut [f32]) {
 /// Values that [`round_to`] has rounded, as the bytes of `dtype`.
 pub(super) fn to_bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
     match dtype {
-        DType::BF16 => values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect(),
+        DType::BF16 => {
+            let mut out = vec![0u8; 2 * values.len()];
+            for (to, v) in out.chunks_exact_mut(2).zip(values) {
+                to.copy_from_slice(&((v.to_bits() >> 16) as u16).to_le_bytes());
+            }
+            out
+        }
         DType::F16 => {
             let mut bits = vec![0u16; values.len()];
             bits.reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(values);
@@ -99,47 +105,67 @@ const LANES: usize = 16;
 /// Compares the change that a merge made with the change that was meant: for each element `e = result - base` and
 /// `d = delta`, the sums of `e d` and `(e - d)^2`.
 pub(super) fn compare(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
-    wide(|| {
-        let (mut dot, mut diff) = ([0f64; LANES], [0f64; LANES]);
-        let blocks = result.chunks(LANES).zip(base.chunks(LANES)).zip(delta.chunks(LANES));
-        for ((r, w), d) in blocks {
-            for i in 0..r.len().min(w.len()).min(d.len()) {
-                // In f64: f32 would add its own rounding to the one that is measured.
-                let (e, d) = (f64::from(r[i]) - f64::from(w[i]), f64::from(d[i]));
-                dot[i] += e * d;
-                diff[i] += (e - d) * (e - d);
-            }
+    assert!(result.len() == base.len() && base.len() == delta.len(), "the change of one block");
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
+            compare_lanes(result, base, delta)
         }
-        Sums { dot: dot.iter().sum(), diff: diff.iter().sum() }
-    })
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the feature.
+            return unsafe { avx2(result, base, delta) };
+        }
+    }
+    compare_lanes(result, base, delta)
+}
+
+/// Inlined, so that it is compiled for wider vectors where its caller is; the lanes are fixed, so the bits are the same.
+#[inline(always)]
+fn compare_lanes(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
+    let (mut dot, mut diff) = ([0f64; LANES], [0f64; LANES]);
+    let mut add = |i: usize, r: f32, w: f32, d: f32| {
+        // In f64: f32 would add its own rounding to the one that is measured.
+        let (e, d) = (f64::from(r) - f64::from(w), f64::from(d));
+        dot[i] += e * d;
+        diff[i] += (e - d) * (e - d);
+    };
+    let (r, w, d) = (result.chunks_exact(LANES), base.chunks_exact(LANES), delta.chunks_exact(LANES));
+    let rest = r.remainder().iter().zip(w.remainder()).zip(d.remainder()).enumerate();
+    for ((r, w), d) in r.zip(w).zip(d) {
+        for (i, ((r, w), d)) in r.iter().zip(w).zip(d).enumerate() {
+            add(i, *r, *w, *d);
+        }
+    }
+    rest.for_each(|(i, ((r, w), d))| add(i, *r, *w, *d));
+    Sums { dot: dot.iter().sum(), diff: diff.iter().sum() }
 }
 
 /// The sum of squares.
 pub(super) fn squares(values: &[f32]) -> f64 {
-    wide(|| {
-        let mut lanes = [0f64; LANES];
-        for block in values.chunks(LANES) {
-            for (lane, v) in lanes.iter_mut().zip(block) {
-                *lane += f64::from(*v) * f64::from(*v);
-            }
-        }
-        lanes.iter().sum()
-    })
-}
-
-/// Runs `f` compiled for wider vectors where the processor has them; the lanes are fixed, so the bits are the same.
-#[inline(always)]
-fn wide<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
-        fn avx2<R>(f: impl FnOnce() -> R) -> R {
-            f()
+        fn avx2(values: &[f32]) -> f64 {
+            square_lanes(values)
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has the feature.
-            return unsafe { avx2(f) };
+            return unsafe { avx2(values) };
         }
     }
-    f()
+    square_lanes(values)
+}
+
+/// As [`compare_lanes`].
+#[inline(always)]
+fn square_lanes(values: &[f32]) -> f64 {
+    let mut lanes = [0f64; LANES];
+    let blocks = values.chunks_exact(LANES);
+    let rest = blocks.remainder();
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
+    lanes.iter().sum()
 }

@@ -1,7 +1,10 @@
 //! Merging an adapter into its base, one weight at a time, with a report of what the choice of base costs.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use candle_core::DType;
@@ -9,13 +12,18 @@ use serde_json::Value;
 
 use super::adapter::{AdapterFiles, EMBEDDING};
 use super::delta::{round_to, to_bytes};
-use super::merge_report::{MergeBase, MergeReport, dtype_text};
-use super::merge_weight::{Job, Sink, Source};
+use super::merge_report::{MergeBase, MergeReport, ModuleMerge, dtype_text};
+use super::merge_weight::{Job, Sink, Source, Spaces, WriteBytes};
 use crate::model::bnb_write::{BnbWriter, MAX_SHARD_BYTES, copy_tensor, torch_name};
 use crate::model::outdir::OutDir;
-use crate::model::{Base, LinearModule, ModelSpec, QuantizationConfig, ShardedWriter, TensorHeader, pt_metadata};
+use crate::model::{Base, LinearModule, ModelSpec, QuantizationConfig, Shards, TensorHeader, pt_metadata};
 use crate::nf4::{Nf4Config, Nf4Tensor};
 use crate::{Error, Result, files};
+
+/// Files that are written at a time.
+const WRITERS: usize = 4;
+/// Pieces that wait for the thread of a file: half a MiB each, 4 MiB of a tensor that is copied.
+const QUEUE: usize = 24;
 
 /// A base model and an adapter that fits it. Say next what to merge [`onto`](Merge::onto).
 #[derive(Clone)]
@@ -109,7 +117,7 @@ impl MergeOnto {
         let run = Run::new(self)?;
         let mut report = run.empty_report();
         for m in run.base.spec().matrices() {
-            run.weight(&m, Sink::Nothing, &mut report)?;
+            run.weight(&m, Sink::Nothing, &mut report.modules)?;
         }
         report.seconds = start.elapsed().as_secs_f64();
         Ok(report)
@@ -149,6 +157,7 @@ struct Run<'a> {
     adapter: &'a AdapterFiles,
     /// The quantization of the dequantized and quantized choices.
     cfg: Nf4Config,
+    spaces: Spaces,
 }
 
 impl<'a> Run<'a> {
@@ -176,7 +185,10 @@ impl<'a> Run<'a> {
                 .expected(format!("{stored:?}"))
                 .found(format!("{asked:?}"))
                 .next("name the base's own quantization, or give the original model's directory")),
-            _ => Ok(Run { plan, base, adapter, cfg: stored.or(asked).unwrap_or_default() }),
+            _ => {
+                let (cfg, spaces) = (stored.or(asked).unwrap_or_default(), Spaces::default());
+                Ok(Run { plan, base, adapter, cfg, spaces })
+            }
         }
     }
 
@@ -204,8 +216,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Merges one weight into `sink`, and adds its line to the report; `None` if the adapter leaves it alone.
-    fn weight(&self, m: &LinearModule, sink: Sink<'_>, report: &mut MergeReport) -> Result<Option<Nf4Tensor>> {
+    /// Merges one weight into `sink`, and adds its line to the report's; `None` if the adapter leaves it alone.
+    fn weight(&self, m: &LinearModule, sink: Sink<'_>, lines: &mut Vec<ModuleMerge>) -> Result<Option<Nf4Tensor>> {
         let Some(pair) = self.adapter.pair(&m.name)? else { return Ok(None) };
         let source = self.source(m)?;
         let job = Job {
@@ -216,9 +228,10 @@ impl<'a> Run<'a> {
             onto: self.plan.onto,
             compare: self.plan.compare,
             trained_on_quantized: self.plan.trained_on_quantized,
+            spaces: &self.spaces,
         };
         let (line, quantized) = job.run(sink).map_err(|e| e.at(m.name.clone()))?;
-        report.modules.push(line);
+        lines.push(line);
         Ok(quantized)
     }
 
@@ -230,34 +243,77 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Streams all tensors, in the base's order, with the adapted ones merged.
+    /// Streams all tensors with the adapted ones merged. The files are written by threads of their own, a few at a time, while the next
+    /// weights are computed: copying into one file takes a thread longer than a handful of cores take to merge.
     fn write_dense(&self, dir: &Path, report: &mut MergeReport) -> Result<u64> {
         let linears = by_weight(self.base.spec());
         let headers = self.dense_headers()?;
         let bytes = headers.iter().map(TensorHeader::bytes).sum();
-        let mut out = ShardedWriter::create(dir, headers.clone(), self.plan.max_shard_bytes, &pt_metadata())?;
-        for h in &headers {
-            let linear = linears.get(&h.name);
-            let before = report.modules.len();
-            if let Some(m) = linear {
-                self.weight(m, Sink::Dense(&mut |bytes| out.write(&h.name, bytes), h.dtype), report)?;
+        let shards = Shards::plan(dir, headers, self.plan.max_shard_bytes, &pt_metadata())?;
+        let lines = &mut report.modules;
+        std::thread::scope(|scope| {
+            let mut next = 0..shards.files();
+            let mut begin = || next.next().map(|file| FileWriter::begin(scope, &shards, file)).transpose();
+            let (mut open, mut closed) = (Vec::new(), Vec::new());
+            while open.len() < WRITERS
+                && let Some(writer) = begin()?
+            {
+                open.push(writer);
             }
-            if report.modules.len() > before {
-                continue;
+            // A tensor for each file in turn: all of them have something to write.
+            let mut turn = 0;
+            while !open.is_empty() {
+                turn %= open.len();
+                let writer: &mut FileWriter<'_> = &mut open[turn];
+                if let Some(h) = writer.left.next() {
+                    let done = self.tensor(h, &linears, &mut |bytes| writer.send(h, bytes), lines);
+                    if writer.lost {
+                        return open.swap_remove(turn).finish();
+                    }
+                    done?;
+                    turn += 1;
+                    continue;
+                }
+                closed.push(open.remove(turn).close());
+                if let Some(writer) = begin()? {
+                    open.insert(turn, writer);
+                }
             }
-            if let Some(bias) = h.name.strip_suffix(".bias").map(|m| self.adapter.bias(m)).transpose()?.flatten() {
-                out.write_f32(&h.name, &bias)?;
-                continue;
-            }
-            // A 4-bit weight without an adapter is decoded all the same: the output is dense.
-            match linear.map(|m| self.base.nf4(&m.name)).transpose()?.flatten() {
-                Some(q) => out.write_f32(&h.name, &q.dequantize_f32()?)?,
-                None => copy_tensor(self.base.checkpoint(), h, &mut out)?,
-            }
-        }
-        out.finish()?;
+            closed.into_iter().try_for_each(written)
+        })?;
+        shards.write_index()?;
         sort_as_network(report, self.base.spec());
         Ok(bytes)
+    }
+
+    /// One tensor of the output, merged if it is adapted; its line goes to the report's.
+    fn tensor(
+        &self,
+        h: &TensorHeader,
+        linears: &HashMap<String, LinearModule>,
+        write: WriteBytes<'_>,
+        lines: &mut Vec<ModuleMerge>,
+    ) -> Result<()> {
+        let linear = linears.get(&h.name);
+        let before = lines.len();
+        if let Some(m) = linear {
+            self.weight(m, Sink::Dense(&mut *write, h.dtype), lines)?;
+        }
+        if lines.len() > before {
+            return Ok(());
+        }
+        let mut rounded = |mut values: Vec<f32>| {
+            round_to(h.dtype, &mut values);
+            write(to_bytes(h.dtype, &values))
+        };
+        if let Some(bias) = h.name.strip_suffix(".bias").map(|m| self.adapter.bias(m)).transpose()?.flatten() {
+            return rounded(bias);
+        }
+        // A 4-bit weight without an adapter is decoded all the same: the output is dense.
+        match linear.map(|m| self.base.nf4(&m.name)).transpose()?.flatten() {
+            Some(q) => rounded(q.dequantize_f32()?),
+            None => copy_tensor(self.base.checkpoint(), h, |bytes| write(bytes.to_vec())),
+        }
     }
 
     /// Headers of the output: the base's own for a dense base, the spec's for one that is decoded.
@@ -305,13 +361,13 @@ impl<'a> Run<'a> {
                     let header = TensorHeader::new(name, info.dtype, info.shape);
                     let dtype = header.dtype;
                     out.add_dense(header, |w| {
-                        let mut write = |bytes: &[u8]| w.write_all(bytes).map_err(|e| Error::io("write", dir, e));
-                        self.weight(&m, Sink::Dense(&mut write, dtype), report).map(|_| ())
+                        let mut write = |bytes: Vec<u8>| w.write_all(&bytes).map_err(|e| Error::io("write", dir, e));
+                        self.weight(&m, Sink::Dense(&mut write, dtype), &mut report.modules).map(|_| ())
                     })?;
                 }
                 continue;
             }
-            let q = match self.weight(&m, Sink::Quantized, report)? {
+            let q = match self.weight(&m, Sink::Quantized, &mut report.modules)? {
                 Some(q) => q,
                 None => match self.source(&m)? {
                     Source::Nf4(q) => q,
@@ -369,13 +425,57 @@ fn check_biases(base: &Base, adapter: &AdapterFiles) -> Result<()> {
     Ok(())
 }
 
-fn by_weight(spec: &ModelSpec) -> std::collections::HashMap<String, LinearModule> {
+/// A file that a thread writes; what it writes waits in a queue.
+struct FileWriter<'a> {
+    /// The tensors that are still to come.
+    left: std::slice::Iter<'a, TensorHeader>,
+    queue: SyncSender<(&'a str, Vec<u8>)>,
+    thread: Writing<'a>,
+    /// The thread has ended: it says why.
+    lost: bool,
+}
+
+type Writing<'a> = ScopedJoinHandle<'a, Result<()>>;
+
+impl<'a> FileWriter<'a> {
+    fn begin(scope: &'a Scope<'a, '_>, shards: &'a Shards, file: usize) -> Result<Self> {
+        let mut out = shards.writer(file)?;
+        let (queue, pieces) = sync_channel::<(&str, Vec<u8>)>(QUEUE);
+        let thread = scope.spawn(move || {
+            for (name, bytes) in pieces {
+                out.write(name, &bytes)?;
+            }
+            out.finish()
+        });
+        Ok(FileWriter { left: shards.tensors(file).iter(), queue, thread, lost: false })
+    }
+
+    fn send(&mut self, h: &'a TensorHeader, bytes: Vec<u8>) -> Result<()> {
+        self.lost = self.queue.send((&h.name, bytes)).is_err();
+        if self.lost { Err(Error::new("a file cannot be written").at(h.name.clone())) } else { Ok(()) }
+    }
+
+    /// Nothing more comes; the thread goes on until all is on the disk.
+    fn close(self) -> Writing<'a> {
+        self.thread
+    }
+
+    fn finish(self) -> Result<()> {
+        written(self.close())
+    }
+}
+
+/// What came of a file.
+fn written(thread: Writing<'_>) -> Result<()> {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn by_weight(spec: &ModelSpec) -> HashMap<String, LinearModule> {
     spec.matrices().into_iter().map(|m| (format!("{}.weight", m.name), m)).collect()
 }
 
 /// Files are in another order than the network.
 fn sort_as_network(report: &mut MergeReport, spec: &ModelSpec) {
-    let order: std::collections::HashMap<String, usize> =
-        spec.matrices().into_iter().map(|m| m.name).zip(0..).collect();
+    let order: HashMap<String, usize> = spec.matrices().into_iter().map(|m| m.name).zip(0..).collect();
     report.modules.sort_by_key(|m| order.get(&m.module).copied());
 }

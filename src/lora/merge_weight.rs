@@ -1,5 +1,7 @@
 //! One weight of a merge: its blocks of rows, in up to three passes, with the sums for the report.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::DType;
 use rayon::prelude::*;
 
@@ -25,7 +27,7 @@ pub(super) enum Source {
 }
 
 /// Takes the bytes of a merged weight, in order.
-pub(super) type WriteBytes<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+pub(super) type WriteBytes<'a> = &'a mut dyn FnMut(Vec<u8>) -> Result<()>;
 
 /// Where the merged weight goes.
 pub(super) enum Sink<'a> {
@@ -47,6 +49,21 @@ pub(super) struct Job<'a> {
     /// Measure all choices, not only the norms.
     pub compare: bool,
     pub trained_on_quantized: bool,
+    pub spaces: &'a Spaces,
+}
+
+/// Buffers that threads hand on from block to block and from weight to weight: fresh ones would be cleared, and their pages found, again and again.
+#[derive(Default)]
+pub(super) struct Spaces(Mutex<Vec<Scratch>>);
+
+impl Spaces {
+    fn with<R>(&self, f: impl FnOnce(&mut Scratch) -> R) -> R {
+        let spare = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut space = spare().pop().unwrap_or_default();
+        let out = f(&mut space);
+        spare().push(space);
+        out
+    }
 }
 
 /// Rows `first..first + rows` of the weight.
@@ -129,12 +146,12 @@ impl Job<'_> {
             let emit = matches!(sink, Sink::Dense(..));
             let outs: Vec<BlockOut> = window
                 .par_iter()
-                .map_init(Scratch::default, |s, b| self.block(*b, decoded.as_ref(), s, dtype, emit, keep_quantized))
+                .map(|b| self.spaces.with(|s| self.block(*b, decoded.as_ref(), s, dtype, emit, keep_quantized)))
                 .collect::<Result<_>>()?;
             for out in outs {
                 total.add(&out);
                 if let Sink::Dense(write, _) = &mut sink {
-                    write(&out.bytes)?;
+                    write(out.bytes)?;
                 }
                 if let (Some(parts), Some(q)) = (&mut parts, out.quantized) {
                     parts.append(q);
@@ -207,8 +224,11 @@ impl Job<'_> {
         let onto_original = matches!(self.onto, MergeBase::Original) || decoded.is_none();
         if dense && (self.compare || onto_original) {
             add_rounded(w, delta_w, dtype, result);
-            out.original = compare(result, w, delta_w);
-            out.original_distance = compare(result, trained, delta).diff;
+            if self.compare {
+                out.original = compare(result, w, delta_w);
+                out.original_distance =
+                    if of_quantized { compare(result, trained, delta).diff } else { out.original.diff };
+            }
             if emit && onto_original {
                 out.bytes = checked_bytes(dtype, result)?;
             }
@@ -218,10 +238,16 @@ impl Job<'_> {
                 sum(d, delta_d, result);
                 out.quantized = Some(quantize_window(result, self.cfg)?);
             }
-            add_rounded(d, delta_d, dtype, result);
-            out.dequantized = compare(result, d, delta_d);
-            out.dequantized_distance = compare(result, trained, delta).diff;
-            if emit && !onto_original {
+            let emit = emit && !onto_original;
+            if self.compare || emit {
+                add_rounded(d, delta_d, dtype, result);
+            }
+            if self.compare {
+                out.dequantized = compare(result, d, delta_d);
+                out.dequantized_distance =
+                    if of_quantized { out.dequantized.diff } else { compare(result, trained, delta).diff };
+            }
+            if emit {
                 out.bytes = checked_bytes(dtype, result)?;
             }
         }
@@ -267,7 +293,8 @@ impl Job<'_> {
             })
         };
         for window in blocks.chunks(WINDOW) {
-            let outs: Vec<(Sums, f64)> = window.par_iter().map_init(Scratch::default, one).collect::<Result<_>>()?;
+            let outs: Vec<(Sums, f64)> =
+                window.par_iter().map(|b| self.spaces.with(|s| one(s, b))).collect::<Result<_>>()?;
             for (sums, distance) in outs {
                 total.0 += sums;
                 total.1 += distance;
@@ -336,7 +363,9 @@ fn add_rounded(base: &[f32], delta: &[f32], dtype: DType, out: &mut [f32]) {
 }
 
 fn checked_bytes(dtype: DType, values: &[f32]) -> Result<Vec<u8>> {
-    if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+    // All at once: a search would look at them one by one.
+    let finite = values.iter().fold(true, |all, v| all & v.is_finite());
+    if let Some(bad) = values.iter().find(|v| !finite && !v.is_finite()) {
         return Err(not_finite(&format!("the merged weight in {}", dtype.as_str()), *bad));
     }
     Ok(to_bytes(dtype, values))

@@ -191,12 +191,14 @@ impl BnbWriter {
         canonical_order(&mut headers);
         let mut out = ShardedWriter::create(&self.dir, headers.clone(), max_shard_bytes, &pt_metadata())?;
         for h in &headers {
+            let mut write = |bytes: &[u8]| out.write(&h.name, bytes);
             match parts.remove(&h.name) {
-                Some((_, Bytes::Here(bytes))) => out.write(&h.name, &bytes)?,
-                Some((_, Bytes::Spilled { at })) => copy(&mut out, h, |pos, buf| {
-                    spill.read_exact_at(buf, at + pos).map_err(|e| Error::io("read", &self.dir, e))
-                })?,
-                None => copy_tensor(checkpoint, h, &mut out)?,
+                Some((_, Bytes::Here(bytes))) => write(&bytes)?,
+                Some((_, Bytes::Spilled { at })) => {
+                    let read = |pos, buf: &mut [u8]| spill.read_exact_at(buf, at + pos);
+                    copy(h, |pos, buf| read(pos, buf).map_err(|e| Error::io("read", &self.dir, e)), write)?;
+                }
+                None => copy_tensor(checkpoint, h, write)?,
             }
         }
         out.finish()?;
@@ -205,18 +207,26 @@ impl BnbWriter {
 }
 
 /// Copies a tensor of a checkpoint as it is.
-pub(crate) fn copy_tensor(checkpoint: &Checkpoint, h: &TensorHeader, out: &mut ShardedWriter) -> Result<()> {
-    copy(out, h, |pos, buf| checkpoint.read_bytes_at(&h.name, pos, buf))
+pub(crate) fn copy_tensor(
+    checkpoint: &Checkpoint,
+    h: &TensorHeader,
+    write: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    copy(h, |pos, buf| checkpoint.read_bytes_at(&h.name, pos, buf), write)
 }
 
-fn copy(out: &mut ShardedWriter, h: &TensorHeader, read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<()> {
+fn copy(
+    h: &TensorHeader,
+    read: impl Fn(u64, &mut [u8]) -> Result<()>,
+    mut write: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let n = h.bytes() as usize;
     let mut buf = vec![0u8; n.min(COPY)];
     for start in (0..n).step_by(COPY) {
         let buf = &mut buf[..(n - start).min(COPY)];
         interrupt::check(|| format!("copying {}", h.name))?;
         read(start as u64, buf)?;
-        out.write(&h.name, buf)?;
+        write(buf)?;
     }
     Ok(())
 }

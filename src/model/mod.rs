@@ -27,4 +27,4 @@ pub use checkpoint::{Checkpoint, TensorInfo};
 pub use gguf::{GgufType, write_gguf};
 pub(crate) use spec::dtype_name;
 pub use spec::{Activation, Experts, Family, LinearModule, ModelSpec, RopeScaling, TensorSpec};
-pub use writer::{SafetensorsWriter, ShardedWriter, TensorHeader, canonical_order, pt_metadata};
+pub use writer::{SafetensorsWriter, ShardedWriter, Shards, TensorHeader, canonical_order, pt_metadata};

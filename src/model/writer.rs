@@ -15,6 +15,8 @@ use crate::{Error, Result, files};
 
 /// Bytes after which the kernel is asked to start writing.
 const FLUSH: u64 = 32 << 20;
+/// Small pieces are collected; larger ones go to the kernel as they are.
+const BUFFER: usize = 64 << 10;
 
 /// One tensor that is going to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +93,7 @@ impl SafetensorsWriter {
         let path = path.as_ref().to_path_buf();
         let header = header_bytes(&tensors, metadata).map_err(|e| e.at_path(&path))?;
         let (tmp, _) = files::temporary_beside(&path)?;
-        let mut out = BufWriter::with_capacity(1 << 20, tmp);
+        let mut out = BufWriter::with_capacity(BUFFER, tmp);
         out.write_all(&header).map_err(|e| Error::io("write", &path, e))?;
         let left = tensors.first().map_or(0, TensorHeader::bytes);
         let written = header.len() as u64;
@@ -230,32 +232,34 @@ fn header_bytes(tensors: &[TensorHeader], metadata: &BTreeMap<String, String>) -
     Ok(out)
 }
 
-/// Writes a model's tensors into shards of at most `max_shard_bytes` with their index, or into one file if they fit.
+/// Which tensors of a model are in which file: shards of at most `max_shard_bytes` and an index, or one file if they fit. Each file can
+/// be written by a thread of its own.
 ///
-/// Tensors come in the order that was given, as in [`SafetensorsWriter`]; a tensor is never split. Files have the
-/// names that transformers uses: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on.
+/// A tensor is never split. Files have the names that transformers uses: `model.safetensors`, or
+/// `model-00001-of-00003.safetensors` and so on.
 #[derive(Debug)]
-pub struct ShardedWriter {
+pub struct Shards {
     dir: PathBuf,
-    /// Shards that are not begun, last first.
-    todo: Vec<(String, Vec<TensorHeader>)>,
-    writer: Option<SafetensorsWriter>,
+    files: Vec<(String, Vec<TensorHeader>)>,
     index: Option<Value>,
     metadata: BTreeMap<String, String>,
 }
 
-impl ShardedWriter {
-    /// Plans the shards and starts the first.
+impl Shards {
+    /// Fills one file after the other with the tensors in this order; writes nothing.
     ///
     /// # Errors
-    /// As [`SafetensorsWriter::create`], and nothing to write.
-    pub fn create(
+    /// Nothing to write.
+    pub fn plan(
         dir: impl AsRef<Path>,
         tensors: Vec<TensorHeader>,
         max_shard_bytes: u64,
         metadata: &BTreeMap<String, String>,
     ) -> Result<Self> {
         let dir = dir.as_ref().to_path_buf();
+        if tensors.is_empty() {
+            return Err(Error::new("there are no tensors to write").at_path(&dir));
+        }
         let total: u64 = tensors.iter().map(TensorHeader::bytes).sum();
         let mut shards: Vec<(u64, Vec<TensorHeader>)> = Vec::new();
         for t in tensors {
@@ -273,18 +277,69 @@ impl ShardedWriter {
             1 => SINGLE.to_string(),
             _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        let mut todo: Vec<_> = shards.into_iter().enumerate().map(|(i, (_, s))| (name(i), s)).collect();
+        let files: Vec<_> = shards.into_iter().enumerate().map(|(i, (_, s))| (name(i), s)).collect();
         let index = (n > 1).then(|| {
             let map: BTreeMap<&str, &str> =
-                todo.iter().flat_map(|(file, s)| s.iter().map(|t| (t.name.as_str(), file.as_str()))).collect();
+                files.iter().flat_map(|(file, s)| s.iter().map(|t| (t.name.as_str(), file.as_str()))).collect();
             json!({ "metadata": { "total_size": total }, "weight_map": map })
         });
-        todo.reverse();
-        let mut out = ShardedWriter { dir, todo, writer: None, index, metadata: metadata.clone() };
-        if !out.advance()? {
-            return Err(Error::new("there are no tensors to write").at_path(&out.dir));
+        Ok(Shards { dir, files, index, metadata: metadata.clone() })
+    }
+
+    /// Number of files.
+    pub fn files(&self) -> usize {
+        self.files.len()
+    }
+
+    /// The tensors of a file, in their order.
+    pub fn tensors(&self, file: usize) -> &[TensorHeader] {
+        &self.files[file].1
+    }
+
+    /// Starts a file.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::create`].
+    pub fn writer(&self, file: usize) -> Result<SafetensorsWriter> {
+        let (name, tensors) = &self.files[file];
+        SafetensorsWriter::create(self.dir.join(name), tensors.clone(), &self.metadata)
+    }
+
+    /// Once all files are there: the index, where there are several.
+    ///
+    /// # Errors
+    /// A disk that is full or cannot be written.
+    pub fn write_index(&self) -> Result<()> {
+        match &self.index {
+            Some(index) => files::write_atomic_bytes(self.dir.join(INDEX), format!("{index:#}\n").as_bytes()),
+            None => Ok(()),
         }
-        Ok(out)
+    }
+}
+
+/// Writes the files of [`Shards`] one after the other. Tensors come in the order that was given, as in [`SafetensorsWriter`].
+#[derive(Debug)]
+pub struct ShardedWriter {
+    shards: Shards,
+    /// The file that is being written, and its number.
+    writer: SafetensorsWriter,
+    current: usize,
+}
+
+impl ShardedWriter {
+    /// Plans the shards and starts the first.
+    ///
+    /// # Errors
+    /// As [`Shards::plan`] and [`SafetensorsWriter::create`].
+    pub fn create(
+        dir: impl AsRef<Path>,
+        tensors: Vec<TensorHeader>,
+        max_shard_bytes: u64,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let shards = Shards::plan(dir, tensors, max_shard_bytes, metadata)?;
+        let writer = shards.writer(0)?;
+        Ok(ShardedWriter { shards, writer, current: 0 })
     }
 
     /// Appends bytes of a tensor; see [`SafetensorsWriter::write`].
@@ -307,36 +362,27 @@ impl ShardedWriter {
     ///
     /// # Errors
     /// As [`SafetensorsWriter::finish`].
-    pub fn finish(mut self) -> Result<()> {
-        if !self.todo.is_empty() {
-            return Err(Error::new("not all shards were written").at_path(&self.dir));
+    pub fn finish(self) -> Result<()> {
+        if self.current + 1 < self.shards.files() {
+            return Err(Error::new("not all shards were written").at_path(&self.shards.dir));
         }
-        if let Some(writer) = self.writer.take() {
-            writer.finish()?;
-        }
-        match self.index {
-            Some(index) => files::write_atomic_bytes(self.dir.join(INDEX), format!("{index:#}\n").as_bytes()),
-            None => Ok(()),
-        }
+        self.writer.finish()?;
+        self.shards.write_index()
     }
 
     /// The writer of the shard that holds `name`, which must be this one or the next.
     fn at(&mut self, name: &str) -> Result<&mut SafetensorsWriter> {
-        let here = |w: &Option<SafetensorsWriter>| {
-            w.as_ref().is_some_and(|w| w.tensors[w.current.min(w.tensors.len())..].iter().any(|t| t.name == name))
-        };
-        if !here(&self.writer) && !self.advance()? {
-            return Err(Error::new("this tensor is not in the header").at_path(&self.dir).found(name.to_string()));
+        let w = &self.writer;
+        if !w.tensors[w.current.min(w.tensors.len())..].iter().any(|t| t.name == name) {
+            if self.current + 1 == self.shards.files() {
+                return Err(Error::new("this tensor is not in the header")
+                    .at_path(&self.shards.dir)
+                    .found(name.to_string()));
+            }
+            self.current += 1;
+            let next = self.shards.writer(self.current)?;
+            std::mem::replace(&mut self.writer, next).finish()?;
         }
-        self.writer.as_mut().ok_or_else(|| Error::new("no shard is open").at_path(&self.dir))
-    }
-
-    fn advance(&mut self) -> Result<bool> {
-        let Some((file, tensors)) = self.todo.pop() else { return Ok(false) };
-        if let Some(writer) = self.writer.take() {
-            writer.finish()?;
-        }
-        self.writer = Some(SafetensorsWriter::create(self.dir.join(file), tensors, &self.metadata)?);
-        Ok(true)
+        Ok(&mut self.writer)
     }
 }

@@ -466,8 +466,11 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
     a.tensors.values_mut().for_each(|p| p.b.iter_mut().for_each(|b| *b *= 1e10));
     a.save(tmp.path().join("huge")).unwrap();
     for onto in [MergeBase::Original, MergeBase::Dequantized(cfg), MergeBase::Quantized(cfg)] {
-        let e = lora::merge(&dense, tmp.path().join("huge")).unwrap().onto(onto).save(&out).unwrap_err().to_string();
-        assert!(e.contains("finite") && e.contains("q_proj"), "{e}");
+        for shard in [u64::MAX, 30_000] {
+            let merge = lora::merge(&dense, tmp.path().join("huge")).unwrap().onto(onto).max_shard_bytes(shard);
+            let e = merge.save(&out).unwrap_err().to_string();
+            assert!(e.contains("finite") && e.contains("q_proj"), "{e}");
+        }
     }
     assert!(lora::merge(&dense, &adapter).unwrap().onto(MergeBase::Original).save("/proc/x/y").is_err());
     std::fs::create_dir(&out).unwrap();
@@ -482,7 +485,7 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
 }
 
 /// A random model in `dtype` with weights N(0, 0.02), and an adapter whose ΔW has this share of the norm of W.
-fn synthetic(dir: &Path, dtype: DType, hidden: usize, r: usize, ratio: f32) {
+pub fn synthetic(dir: &Path, dtype: DType, hidden: usize, r: usize, ratio: f32) {
     use rand::{Rng, SeedableRng};
     let config = json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": hidden * 3 / 2,
         "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "torch_dtype": "bfloat16"});
