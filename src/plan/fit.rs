@@ -251,7 +251,8 @@ fn smallest(spec: &ModelSpec, config: &PlanConfig) -> PlanConfig {
 
 impl PlanBuilder {
     /// The plan that uses a card best: the fewest recomputed layers, then the largest micro-batch up to the one asked for,
-    /// then optimizer state on the card rather than on the host. Spare memory is spent on speed.
+    /// then optimizer state on the card rather than on the host, then weights held dequantized, of as many layers as were
+    /// [asked for](Self::dequantized_layers). Spare memory is spent on speed.
     ///
     /// # Errors
     /// Nothing fits: the error says how much the smallest plan needs.
@@ -259,7 +260,8 @@ impl PlanBuilder {
         let asked = self.clone().build()?;
         let (config, layers) = (asked.config().clone(), asked.spec().num_hidden_layers);
         let fits = |c: &PlanConfig| asked.with(c.clone()).is_ok_and(|p| p.process_bytes(&gpu) <= gpu.total_bytes);
-        let mut best = PlanConfig { micro_batch_size: 1, resident_state: false, ..config.clone() };
+        let mut best =
+            PlanConfig { micro_batch_size: 1, resident_state: false, dequantized_layers: 0, ..config.clone() };
         let n = fewest_recomputed(&asked, &best, &gpu);
         best.checkpointing = layers_recomputed(n, layers);
         if !fits(&best) {
@@ -309,6 +311,22 @@ impl PlanBuilder {
             best.resident_state = fits(&best);
             let place = if best.resident_state { "stays on the card: there is room" } else { "stays on the host" };
             reasons.push(format!("optimizer state {place}"));
+        }
+        let held = config.dequantized_layers;
+        if held > 0 {
+            let fits_held = |n: usize| fits(&PlanConfig { dequantized_layers: n, ..best.clone() });
+            // None fits: more layers never need less.
+            let (mut low, mut high) = (0, held);
+            while low < high {
+                let middle = (low + high).div_ceil(2);
+                if fits_held(middle) { low = middle } else { high = middle - 1 }
+            }
+            best.dequantized_layers = low;
+            reasons.push(match low {
+                0 => "no layer's weights are held dequantized: there is no room".into(),
+                n if n == held => format!("the weights of {n} layers are held dequantized, as asked"),
+                n => format!("the weights of {n} of the {held} layers asked for are held dequantized"),
+            });
         }
         Ok(Fitted { plan: asked.with(best)?, gpu, reasons })
     }

@@ -3,7 +3,7 @@
 use tunebook::engine::ops::Op;
 use tunebook::lora::LoraConfig;
 use tunebook::model::ModelSpec;
-use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, PlanBuilder, Stage};
+use tunebook::plan::{Checkpointing, Gpu, MemoryPlan, Phase, PlanBuilder, PlanConfig, Stage};
 use tunebook::train::Optim;
 
 fn mistral() -> ModelSpec {
@@ -138,6 +138,19 @@ fn weights_held_dequantized_are_not_decoded_in_a_step() {
     card.total_bytes = none.process_bytes(&card);
     let fit = all.fits(card).unwrap();
     assert_eq!(fit.changes[0].what, ".dequantized_layers(0)");
+    // Asked to fit, it holds as many as there is room for, and no fewer.
+    for (name, expected) in [("rtx-4060", 0..1), ("rtx-3060", 1..32), ("rtx-4090", 32..33)] {
+        let card = Gpu::preset(name).unwrap();
+        let fitted = builder().dequantized_layers(32).fit(card.clone()).unwrap();
+        let config = fitted.plan.config().clone();
+        let n = config.dequantized_layers;
+        assert!(expected.contains(&n) && fitted.plan.process_bytes(&card) <= card.total_bytes, "{name}: {n}");
+        if n < 32 {
+            let more = MemoryPlan::new(&spec, PlanConfig { dequantized_layers: n + 1, ..config }).unwrap();
+            assert!(more.process_bytes(&card) > card.total_bytes, "{name}: {n} and one more");
+        }
+        assert!(fitted.reasons.iter().any(|r| r.contains("dequantized")), "{:?}", fitted.reasons);
+    }
     let e = builder().dequantized_layers(33).build().unwrap_err().to_string();
     assert!(e.contains("dequantized_layers") && e.contains("32"), "{e}");
     let e = MemoryPlan::lora(&spec).dequantized_layers(1).build().unwrap_err().to_string();
