@@ -32,6 +32,8 @@ pub struct Client {
 
 /// How often a kernel is started before its failure is reported.
 const ATTEMPTS: u32 = 3;
+/// For a connection to a port that has answered.
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// Why a kernel that was started cannot be spoken to.
 enum NotStarted {
@@ -144,11 +146,18 @@ impl Client {
         // All of one front end have the same identity: the kernel's questions on stdin find it.
         let Client { runtime, shell, control, stdin, iopub, .. } = self;
         let identity: zeromq::util::PeerIdentity = self.session.as_bytes()[..32].to_vec().try_into().map_err(lost)?;
-        let options = || {
+        // A kernel that ends meanwhile refuses, and a socket would go on asking for half a minute.
+        let patient = || {
             let mut o = zeromq::SocketOptions::default();
+            o.connect_timeout(CONNECT);
+            o
+        };
+        let options = || {
+            let mut o = patient();
             o.peer_identity(identity.clone());
             o
         };
+        *iopub = SubSocket::with_options(patient());
         *shell = DealerSocket::with_options(options());
         *control = DealerSocket::with_options(options());
         *stdin = DealerSocket::with_options(options());
