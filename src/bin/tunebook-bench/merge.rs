@@ -1,5 +1,7 @@
 //! `merge`: an adapter merged into a base of random weights, from the page cache into a new directory.
 
+use std::path::{Path, PathBuf};
+
 use serde_json::{Value, json};
 use tunebook::Result;
 use tunebook::lora::{self, Adapter, LoraConfig, MergeBase};
@@ -12,6 +14,8 @@ use crate::{device, files, nf4, rss, setup};
 
 pub fn options() -> Vec<Opt> {
     vec![
+        opt("model", "DIR", "a base, and --adapter an adapter for it, instead of random ones"),
+        opt("adapter", "DIR", "the adapter"),
         opt("preset", "NAME", "a known model's shape (mistral-7b-v0.1)"),
         opt("layers", "N", "another number of layers, for quick checks"),
         opt("r", "N", "LoRA rank, on every linear module of the layers (64)"),
@@ -27,9 +31,6 @@ pub fn options() -> Vec<Opt> {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
-    setup::override_layers(args, &mut spec, true)?;
-    let (r, seed) = (args.at_least_one("r", 64)?, args.or("seed", 0)?);
     let onto = args.one_of("onto", &["original", "dequantized", "quantized"])?;
     let base = match onto {
         "dequantized" => MergeBase::Dequantized(Nf4Config::default()),
@@ -38,18 +39,22 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let repeats = args.at_least_one("repeats", 3)?;
     let directory = files::directory(args)?;
-    let (model, adapter) = (directory.path().join("base"), directory.path().join("adapter"));
-    std::fs::create_dir(&model).map_err(|e| tunebook::Error::io("create", &model, e))?;
-    files::write_checkpoint(&spec, &model, seed)?;
-    write_adapter(&spec, &adapter, r, seed)?;
+    let (model, adapter) = match (args.text("model"), args.text("adapter")) {
+        (Some(model), Some(adapter)) => (model.into(), adapter.into()),
+        (None, None) => write_both(args, directory.path())?,
+        (Some(_), None) => return Err(args.bad("adapter", "with --model", "nothing".into())),
+        (None, Some(_)) => return Err(args.bad("model", "with --adapter", "nothing".into())),
+    };
+    let spec = Base::from_dir(&model)?.spec().clone();
     files::warm(&Base::from_dir(&model)?)?;
-    let (mut seconds, mut growth, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let (mut seconds, mut growth, mut bytes, mut r) = (Vec::new(), Vec::new(), 0, None);
     for i in 0..repeats {
         let out = directory.path().join(format!("merged-{i}"));
         let merge = lora::merge(&model, &adapter)?.onto(base);
         let merge = if args.has("costs") { merge } else { merge.without_costs() };
         let ((report, s), grown) = rss::watch(|| timed(|| merge.save(&out)));
-        bytes = report?.bytes;
+        let report = report?;
+        (bytes, r) = (report.bytes, report.modules.first().map(|m| m.r));
         seconds.push(s);
         growth.push(grown);
         std::fs::remove_dir_all(&out).map_err(|e| tunebook::Error::io("remove", &out, e))?;
@@ -80,8 +85,20 @@ pub fn run(args: &Args) -> Result<()> {
     report::line(&Value::Object(line))
 }
 
+/// A base of random weights and an adapter for it; their directories.
+fn write_both(args: &Args, dir: &Path) -> Result<(PathBuf, PathBuf)> {
+    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
+    setup::override_layers(args, &mut spec, true)?;
+    let (r, seed) = (args.at_least_one("r", 64)?, args.or("seed", 0)?);
+    let (model, adapter) = (dir.join("base"), dir.join("adapter"));
+    std::fs::create_dir(&model).map_err(|e| tunebook::Error::io("create", &model, e))?;
+    files::write_checkpoint(&spec, &model, seed)?;
+    write_adapter(&spec, &adapter, r, seed)?;
+    Ok((model, adapter))
+}
+
 /// An adapter on every linear module, with random A and B.
-fn write_adapter(spec: &ModelSpec, dir: &std::path::Path, r: usize, seed: u64) -> Result<()> {
+fn write_adapter(spec: &ModelSpec, dir: &Path, r: usize, seed: u64) -> Result<()> {
     let mut adapter = Adapter::init(spec, &LoraConfig { r, ..LoraConfig::default() }, seed)?;
     let values = nf4::normal(seed + 1);
     for pair in adapter.tensors.values_mut() {
