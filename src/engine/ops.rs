@@ -644,14 +644,14 @@ pub struct Dequantize {
 }
 
 /// B beside a weight that is held dequantized: `out[:, in..end] = [0 | scaling B]`, zeros up to `first`, as [`Dequantize`] writes it. The
-/// weight stays, B changes with every step.
+/// weight stays, B changes with every step: f32 `[out, R]`, scaled and rounded to the compute dtype.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraB {
     /// The pair, with its first column.
     pub lora: Beside,
     /// in.
     pub in_features: usize,
-    /// `[out, row]`.
+    /// `[out, row]` in the compute dtype: the weight, and room for `lora`'s columns.
     pub out: TensorId,
 }
 

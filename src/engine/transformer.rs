@@ -447,11 +447,10 @@ impl<'a> Pass<'a> {
 
     /// B beside those weights of layer `l` that are held dequantized.
     fn place_b(&mut self, l: usize) {
-        for m in 0..self.layout.layers[l].linears.len() {
-            let Some(LinearIds { weight: Weight::Dense { w: out }, in_features, .. }) = self.linears(l)[m] else {
-                continue;
-            };
-            if let Some(lora) = self.beside(l, m).filter(|_| self.layout.layers[l].dequantized.is_some()) {
+        let Some(held) = self.layout.layers[l].dequantized else { return };
+        for (m, linear) in held.into_iter().enumerate() {
+            let Some(LinearIds { weight: Weight::Dense { w: out }, in_features, .. }) = linear else { continue };
+            if let Some(lora) = self.beside(l, m) {
                 self.push(Op::LoraB(LoraB { lora, in_features, out }));
             }
         }

@@ -8,6 +8,7 @@ use gemm::Parallelism;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::adapter::LoraPair;
+use crate::engine::cpu::math::vectorised;
 
 /// Writes rows `first..first + rows` of `scaling * B A` to `out`, row-major `[rows, in_features]`.
 pub(super) fn delta_rows(pair: &LoraPair, first: usize, rows: usize, out: &mut [f32]) {
@@ -85,7 +86,7 @@ pub(super) fn to_bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
 
 /// Sums over the elements of a block or a weight, in f64.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     /// Of the products of the two.
     pub dot: f64,
     /// Of the squares of their difference.
@@ -102,70 +103,40 @@ impl std::ops::AddAssign for Sums {
 /// Independent sums that the compiler can keep in one vector register.
 const LANES: usize = 16;
 
-/// Compares the change that a merge made with the change that was meant: for each element `e = result - base` and
-/// `d = delta`, the sums of `e d` and `(e - d)^2`.
-pub(super) fn compare(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
-    assert!(result.len() == base.len() && base.len() == delta.len(), "the change of one block");
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
-            compare_lanes(result, base, delta)
+vectorised! {
+    /// Compares the change that a merge made with the change that was meant: for each element `e = result - base` and
+    /// `d = delta`, the sums of `e d` and `(e - d)^2`.
+    fn compare(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
+        assert!(result.len() == base.len() && base.len() == delta.len(), "the change of one block");
+        let (mut dot, mut diff) = ([0f64; LANES], [0f64; LANES]);
+        let mut add = |i: usize, r: f32, w: f32, d: f32| {
+            // In f64: f32 would add its own rounding to the one that is measured.
+            let (e, d) = (f64::from(r) - f64::from(w), f64::from(d));
+            dot[i] += e * d;
+            diff[i] += (e - d) * (e - d);
+        };
+        let (r, w, d) = (result.chunks_exact(LANES), base.chunks_exact(LANES), delta.chunks_exact(LANES));
+        let rest = r.remainder().iter().zip(w.remainder()).zip(d.remainder()).enumerate();
+        for ((r, w), d) in r.zip(w).zip(d) {
+            for (i, ((r, w), d)) in r.iter().zip(w).zip(d).enumerate() {
+                add(i, *r, *w, *d);
+            }
         }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has the feature.
-            return unsafe { avx2(result, base, delta) };
-        }
+        rest.for_each(|(i, ((r, w), d))| add(i, *r, *w, *d));
+        Sums { dot: dot.iter().sum(), diff: diff.iter().sum() }
     }
-    compare_lanes(result, base, delta)
 }
 
-/// Inlined, so that it is compiled for wider vectors where its caller is; the lanes are fixed, so the bits are the same.
-#[inline(always)]
-fn compare_lanes(result: &[f32], base: &[f32], delta: &[f32]) -> Sums {
-    let (mut dot, mut diff) = ([0f64; LANES], [0f64; LANES]);
-    let mut add = |i: usize, r: f32, w: f32, d: f32| {
-        // In f64: f32 would add its own rounding to the one that is measured.
-        let (e, d) = (f64::from(r) - f64::from(w), f64::from(d));
-        dot[i] += e * d;
-        diff[i] += (e - d) * (e - d);
-    };
-    let (r, w, d) = (result.chunks_exact(LANES), base.chunks_exact(LANES), delta.chunks_exact(LANES));
-    let rest = r.remainder().iter().zip(w.remainder()).zip(d.remainder()).enumerate();
-    for ((r, w), d) in r.zip(w).zip(d) {
-        for (i, ((r, w), d)) in r.iter().zip(w).zip(d).enumerate() {
-            add(i, *r, *w, *d);
+vectorised! {
+    /// The sum of squares.
+    fn squares(values: &[f32]) -> f64 {
+        let mut lanes = [0f64; LANES];
+        let blocks = values.chunks_exact(LANES);
+        let rest = blocks.remainder();
+        for block in blocks {
+            lanes.iter_mut().zip(block).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
         }
+        lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
+        lanes.iter().sum()
     }
-    rest.for_each(|(i, ((r, w), d))| add(i, *r, *w, *d));
-    Sums { dot: dot.iter().sum(), diff: diff.iter().sum() }
-}
-
-/// The sum of squares.
-pub(super) fn squares(values: &[f32]) -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(values: &[f32]) -> f64 {
-            square_lanes(values)
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has the feature.
-            return unsafe { avx2(values) };
-        }
-    }
-    square_lanes(values)
-}
-
-/// As [`compare_lanes`].
-#[inline(always)]
-fn square_lanes(values: &[f32]) -> f64 {
-    let mut lanes = [0f64; LANES];
-    let blocks = values.chunks_exact(LANES);
-    let rest = blocks.remainder();
-    for block in blocks {
-        lanes.iter_mut().zip(block).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
-    }
-    lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane += f64::from(*v) * f64::from(*v));
-    lanes.iter().sum()
 }

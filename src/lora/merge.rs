@@ -268,7 +268,7 @@ impl<'a> Run<'a> {
                 if let Some(h) = writer.left.next() {
                     let done = self.tensor(h, &linears, &mut |bytes| writer.send(h, bytes), lines);
                     if writer.lost {
-                        return open.swap_remove(turn).finish();
+                        return written(open.swap_remove(turn).close());
                     }
                     done?;
                     turn += 1;
@@ -458,10 +458,6 @@ impl<'a> FileWriter<'a> {
     /// Nothing more comes; the thread goes on until all is on the disk.
     fn close(self) -> Writing<'a> {
         self.thread
-    }
-
-    fn finish(self) -> Result<()> {
-        written(self.close())
     }
 }
 

@@ -292,6 +292,9 @@ impl Shards {
     }
 
     /// The tensors of a file, in their order.
+    ///
+    /// # Panics
+    /// A file that is not below [`Shards::files`].
     pub fn tensors(&self, file: usize) -> &[TensorHeader] {
         &self.files[file].1
     }
@@ -300,6 +303,9 @@ impl Shards {
     ///
     /// # Errors
     /// As [`SafetensorsWriter::create`].
+    ///
+    /// # Panics
+    /// As [`Shards::tensors`].
     pub fn writer(&self, file: usize) -> Result<SafetensorsWriter> {
         let (name, tensors) = &self.files[file];
         SafetensorsWriter::create(self.dir.join(name), tensors.clone(), &self.metadata)
@@ -379,8 +385,8 @@ impl ShardedWriter {
                     .at_path(&self.shards.dir)
                     .found(name.to_string()));
             }
+            let next = self.shards.writer(self.current + 1)?;
             self.current += 1;
-            let next = self.shards.writer(self.current)?;
             std::mem::replace(&mut self.writer, next).finish()?;
         }
         Ok(&mut self.writer)

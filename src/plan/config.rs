@@ -140,8 +140,8 @@ pub struct PlanConfig {
     /// recomputed.
     #[serde(default)]
     pub keep_dequantized_modules: Option<Vec<String>>,
-    /// Layers, from the first on, whose 4-bit weights are also held in the compute dtype, so that training need not decode them: faster, and that
-    /// much more memory.
+    /// Number of layers, from the first on, whose 4-bit weights are also held in the compute dtype, so that training need not decode them. See
+    /// [`PlanBuilder::dequantized_layers`](super::PlanBuilder::dequantized_layers).
     #[serde(default)]
     pub dequantized_layers: usize,
     /// Positions of the KV cache; `None`: what fits into the space that training needs anyway, at least 256.

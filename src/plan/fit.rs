@@ -215,11 +215,16 @@ fn fewest_recomputed(plan: &MemoryPlan, config: &PlanConfig, gpu: &Gpu) -> usize
         let config = PlanConfig { checkpointing: layers_recomputed(n, layers), ..config.clone() };
         plan.with(config).is_ok_and(|p| p.process_bytes(gpu) <= gpu.total_bytes)
     };
-    // More recomputed layers never need more: bisect.
-    let (mut low, mut high) = (0, layers);
+    // More recomputed layers never need more.
+    first(layers, fits)
+}
+
+/// The first of `0..n` from which on `is` holds, `n` where it holds for none: by halves.
+fn first(n: usize, is: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, n);
     while low < high {
         let middle = (low + high) / 2;
-        if fits(middle) { high = middle } else { low = middle + 1 }
+        if is(middle) { high = middle } else { low = middle + 1 }
     }
     low
 }
@@ -314,15 +319,10 @@ impl PlanBuilder {
         }
         let held = config.dequantized_layers;
         if held > 0 {
-            let fits_held = |n: usize| fits(&PlanConfig { dequantized_layers: n, ..best.clone() });
-            // None fits: more layers never need less.
-            let (mut low, mut high) = (0, held);
-            while low < high {
-                let middle = (low + high).div_ceil(2);
-                if fits_held(middle) { low = middle } else { high = middle - 1 }
-            }
-            best.dequantized_layers = low;
-            reasons.push(match low {
+            // More layers never need less.
+            let one_more = |n: usize| fits(&PlanConfig { dequantized_layers: n + 1, ..best.clone() });
+            best.dequantized_layers = first(held, |n| !one_more(n));
+            reasons.push(match best.dequantized_layers {
                 0 => "no layer's weights are held dequantized: there is no room".into(),
                 n if n == held => format!("the weights of {n} layers are held dequantized, as asked"),
                 n => format!("the weights of {n} of the {held} layers asked for are held dequantized"),

@@ -647,6 +647,7 @@ impl PlanBuilder {
     /// Holds the base weights of the first `layers` layers dequantized beside their 4-bit codes: training decodes them once, when they
     /// are loaded, instead of in every pass. Spends `out_features x in_features` elements of the compute dtype for each of their modules (a layer of a
     /// Mistral-7B: 416 MiB), and changes no number. [`fit`](Self::fit) holds as many of them as there is room for.
+    /// [`build`](Self::build) refuses more layers than the model has, and every method but QLoRA.
     pub fn dequantized_layers(mut self, layers: usize) -> Self {
         self.config.dequantized_layers = layers;
         self

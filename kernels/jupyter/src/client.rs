@@ -90,7 +90,9 @@ impl Client {
         // A kernel ends with who has started it.
         command.env("JPY_PARENT_PID", std::process::id().to_string());
         command.arg(&file).stdin(Stdio::null()).process_group(0);
-        for attempt in 1.. {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
             match Client::start_once(&mut command, &file, until) {
                 Ok(mut client) => {
                     client._dir = Some(dir);
@@ -102,14 +104,13 @@ impl Client {
                 Err(NotStarted::Lost(why) | NotStarted::Other(why)) => return Err(why),
             }
         }
-        unreachable!("the loop ends with a return")
     }
 
     fn start_once(command: &mut Command, file: &Path, until: Instant) -> Result<Client, NotStarted> {
         let connection = choose_ports(file).map_err(NotStarted::Other)?;
         let io = |e: std::io::Error| NotStarted::Other(e.to_string());
-        let program = command.get_program().to_owned();
-        let process = command.spawn().map_err(|e| NotStarted::Other(format!("{}: {e}", program.display())))?;
+        let spawned = command.spawn();
+        let process = spawned.map_err(|e| NotStarted::Other(format!("{}: {e}", command.get_program().display())))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(io)?;
         let mut client = Client {
             shell: DealerSocket::new(),

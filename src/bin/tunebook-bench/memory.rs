@@ -98,8 +98,6 @@ const CASES: [Case; 25] = [
 
 pub fn options() -> Vec<Opt> {
     let mut out = vec![
-        opt("preset", "NAME", "a known model's shape (mistral-7b-v0.1)"),
-        opt("layers", "N", "another number of layers, for quick checks"),
         opt("device", "cpu|cuda", "what computes (cpu)"),
         opt("compute-dtype", "bf16|f32", "of activations and products (cuda: bf16, cpu: f32)"),
         opt("seed", "N", "of tokens and dropout (0)"),
@@ -107,6 +105,7 @@ pub fn options() -> Vec<Opt> {
         switch("predict-only", "build the plans and measure nothing"),
         opt("markdown", "FILE", "where the table goes (stderr)"),
     ];
+    out.splice(0..0, setup::shape_options());
     out.extend(device::options().into_iter().filter(|o| matches!(o.name, "gpu" | "context-bytes")));
     out
 }
@@ -124,8 +123,7 @@ struct Row {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
-    setup::override_layers(args, &mut spec, true)?;
+    let spec = setup::shape(args)?;
     let device = setup::device(args)?;
     let dtype = setup::compute_dtype(args, device)?;
     let only = args.text("only").unwrap_or_default();

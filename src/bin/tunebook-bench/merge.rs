@@ -1,4 +1,4 @@
-//! `merge`: an adapter merged into a base of random weights, from the page cache into a new directory.
+//! `merge`: an adapter merged into its base, from the page cache into a new directory.
 
 use std::path::{Path, PathBuf};
 
@@ -13,11 +13,9 @@ use crate::report::{self, gib, least, median, timed};
 use crate::{device, files, nf4, rss, setup};
 
 pub fn options() -> Vec<Opt> {
-    vec![
+    let mut out = vec![
         opt("model", "DIR", "a base, and --adapter an adapter for it, instead of random ones"),
         opt("adapter", "DIR", "the adapter"),
-        opt("preset", "NAME", "a known model's shape (mistral-7b-v0.1)"),
-        opt("layers", "N", "another number of layers, for quick checks"),
         opt("r", "N", "LoRA rank, on every linear module of the layers (64)"),
         opt("onto", "original|dequantized|quantized", "which weights the adapter is added to (original)"),
         switch(
@@ -27,7 +25,9 @@ pub fn options() -> Vec<Opt> {
         opt("repeats", "N", "timed merges, each into a directory of its own (3)"),
         opt("dir", "DIR", "where the temporary directories are written (the system's)"),
         opt("seed", "N", "of weights and adapter (0)"),
-    ]
+    ];
+    out.splice(2..2, setup::shape_options());
+    out
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -45,8 +45,9 @@ pub fn run(args: &Args) -> Result<()> {
         (Some(_), None) => return Err(args.bad("adapter", "with --model", "nothing".into())),
         (None, Some(_)) => return Err(args.bad("model", "with --adapter", "nothing".into())),
     };
-    let spec = Base::from_dir(&model)?.spec().clone();
-    files::warm(&Base::from_dir(&model)?)?;
+    let opened = Base::from_dir(&model)?;
+    let spec = opened.spec();
+    files::warm(&opened)?;
     let (mut seconds, mut growth, mut bytes, mut r) = (Vec::new(), Vec::new(), 0, None);
     for i in 0..repeats {
         let out = directory.path().join(format!("merged-{i}"));
@@ -87,8 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// A base of random weights and an adapter for it; their directories.
 fn write_both(args: &Args, dir: &Path) -> Result<(PathBuf, PathBuf)> {
-    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
-    setup::override_layers(args, &mut spec, true)?;
+    let spec = setup::shape(args)?;
     let (r, seed) = (args.at_least_one("r", 64)?, args.or("seed", 0)?);
     let (model, adapter) = (dir.join("base"), dir.join("adapter"));
     std::fs::create_dir(&model).map_err(|e| tunebook::Error::io("create", &model, e))?;

@@ -90,6 +90,24 @@ pub fn model(args: &Args) -> Result<(ModelSpec, Option<Base>)> {
     Ok((spec, base))
 }
 
+/// Options of a shape alone.
+pub fn shape_options() -> [Opt; 2] {
+    [
+        opt("preset", "NAME", "a known model's shape (mistral-7b-v0.1)"),
+        opt("layers", "N", "another number of layers, for quick checks"),
+    ]
+}
+
+/// The shape that [`shape_options`] say.
+///
+/// # Errors
+/// An unknown preset.
+pub fn shape(args: &Args) -> Result<ModelSpec> {
+    let mut spec = ModelSpec::preset(args.text("preset").unwrap_or("mistral-7b-v0.1"))?;
+    override_layers(args, &mut spec, true)?;
+    Ok(spec)
+}
+
 /// Applies `--layers`.
 ///
 /// # Errors

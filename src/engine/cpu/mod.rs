@@ -14,7 +14,7 @@ mod embedding;
 pub(crate) mod linear;
 mod lm_head;
 mod lora;
-mod math;
+pub(crate) mod math;
 mod matmul;
 mod optimizer;
 mod rotary;
