@@ -8,8 +8,8 @@
 // add_bias:     y[t] += b; y [T, out], b [out]; n = T * out.
 // bias_grad:    grad += sum over t of dy[t]; dy [T, out], grad f32 or bf16 [out]. Grid: ceil(out / 32) blocks of 1024
 //               threads: a lane for each column, warp w adds rows w, w + 32, ...
-// The mask of element i of the flat [T, in] is word i % 4 of Philox(i / 4, module, micro_step; seed) >= threshold, as in
-// src/engine/dropout.rs.
+// The mask of element i of the flat [T, in]: half i % 8 of the words of Philox(i / 8, module, micro_step; seed), the lower one of each
+// first, >= threshold, as in src/engine/dropout.rs.
 // Grid of the others: any number of blocks of 256 threads; each thread takes VEC elements at a time.
 #include "common.cuh"
 
@@ -18,11 +18,13 @@
 // Factors of the elements i .. i + VEC; i is a multiple of VEC.
 __device__ __forceinline__ void mask(float (&m)[VEC], u64 i, u32 threshold, float keep, u64 seed, u64 micro_step,
                                      u32 module) {
+    Words r = philox((u32)(i / 8), module, (u32)micro_step, (u32)(micro_step >> 32), seed);
+    // Four floats are the first or the second half of eight.
+    bool second = VEC == 4 && i / 4 % 2 == 1;
 #pragma unroll
-    for (int j = 0; j < VEC; j += 4) {
-        Words r = philox((u32)(i / 4) + j / 4, module, (u32)micro_step, (u32)(micro_step >> 32), seed);
-#pragma unroll
-        for (int l = 0; l < 4; l++) m[j + l] = r.w[l] >= threshold ? keep : 0.0f;
+    for (int j = 0; j < VEC; j++) {
+        u32 word = second ? r.w[(j / 2 + 2) % 4] : r.w[j / 2];
+        m[j] = (j % 2 == 0 ? word & 0xffffu : word >> 16) >= threshold ? keep : 0.0f;
     }
 }
 

@@ -2,12 +2,14 @@
 //
 // lora_stack:   A of up to three modules one below the other, elem [rows, k]; k is a multiple of 8. A_i, f32 [r_i, k], begins at row
 //               first_i; rows in between are 0.
-// lora_columns: scaled B as columns of a matrix: see low_rank.cuh.
+// lora_columns: scaled B as columns of a matrix, see low_rank.cuh, for up to MATRICES of them: row i of the grid has matrix i. A table of
+//               them is its first argument (src/engine/cuda/lora.rs fills it).
 // Grid: any number of blocks of 256 threads.
 #include "common.cuh"
 #include "low_rank.cuh"
 
 #define THREADS 256
+#define MATRICES 64
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 lora_stack(const float* a0, const float* a1, const float* a2, u32 first0, u32 first1, u32 first2, u32 r0, u32 r1, u32 r2,
@@ -31,8 +33,19 @@ lora_stack(const float* a0, const float* a1, const float* a2, u32 first0, u32 fi
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-lora_columns(const float* b, elem* out, u32 n, u32 r, u32 from, u32 first, u32 row, float scale) {
+// The arguments of `beside`.
+struct Columns {
+    const float* b;
+    elem* out;
+    u32 n, r, from, first, row;
+    float scale;
+};
+struct Table {
+    Columns items[MATRICES];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) lora_columns(const __grid_constant__ Table table) {
     after_previous();
-    beside(b, out, n, r, from, first, row, scale);
+    const Columns& m = table.items[blockIdx.y];
+    beside(m.b, m.out, m.n, m.r, m.from, m.first, m.row, m.scale);
 }

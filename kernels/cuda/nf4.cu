@@ -310,11 +310,21 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_mean(const float* a
     __shared__ bool last;
     double sum = 0.0;
     int unit = 200;
-#pragma unroll 8
-    for (u32 i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256) {
-        float x = absmax[i];
-        sum += (double)x;
-        unit = min(unit, unit_exponent(x));
+    bool aligned = (u64)absmax % 16 == 0;
+#pragma unroll 4
+    for (u32 i = (blockIdx.x * 256 + threadIdx.x) * 4; i < n; i += gridDim.x * 256 * 4) {
+        // Zeros past the end change neither sum nor unit.
+        Words four = {};
+        if (aligned && i + 4 <= n)
+            four = *(const Words*)(absmax + i);
+        else
+            for (u32 j = 0; j < 4 && i + j < n; j++) four.w[j] = __float_as_uint(absmax[i + j]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x = __uint_as_float(four.w[j]);
+            sum += (double)x;
+            unit = min(unit, unit_exponent(x));
+        }
     }
     sum = block_sum(sum, shared);
     unit = block_min(unit, units);
@@ -338,6 +348,27 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_mean(const float* a
     }
 }
 
+// The usual block, read once: eight scales a lane, whose codes are one store.
+#define NESTED_BLOCK (8 * WARP)
+__device__ __forceinline__ void nest_block(const float* absmax, float mean, const float* thresholds, u8* codes, float* scale) {
+    u32 lane = threadIdx.x % WARP;
+    const Words* from = (const Words*)(absmax + lane * 8);
+    Words words[2] = {from[0], from[1]};
+    float v[8], largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        v[i] = flush(__fsub_rn(__uint_as_float(words[i / 4].w[i % 4]), mean));
+        largest = fmaxf(largest, fabsf(v[i]));
+    }
+    largest = warp_max(largest);
+    if (lane == 0) *scale = largest;
+    float reciprocal = __fdiv_rn(1.0f, largest);
+    u64 bytes = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) bytes |= (u64)(u8)dynamic_encode(thresholds, __fmul_rn(v[i], reciprocal)) << (8 * i);
+    *(u64*)(codes + lane * 8) = bytes;
+}
+
 // absmax - offset in 8 bits, blocks of `nested_blocksize`: codes u8 [n], scales f32 [ceil(n / nested_blocksize)].
 // `codes` may not overlap `absmax`.
 extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* absmax, const float* offset, u32 n,
@@ -347,19 +378,22 @@ extern "C" __global__ void __launch_bounds__(256) nf4_absmax_nest(const float* a
     thresholds[threadIdx.x] = dynamic_threshold(threadIdx.x, dynamic_value(threadIdx.x, true),
                                                 dynamic_value(threadIdx.x < 255 ? threadIdx.x + 1 : 255, true));
     __syncthreads();
+    bool aligned = ((u64)absmax | (u64)codes) % 16 == 0;
     float mean = offset[0];
     u32 blocks = (n + nested_blocksize - 1) / nested_blocksize, lane = threadIdx.x % WARP;
     for (u32 b = blockIdx.x * (256 / WARP) + threadIdx.x / WARP; b < blocks; b += gridDim.x * (256 / WARP)) {
         u32 start = b * nested_blocksize;
         u32 end = n - start < nested_blocksize ? n : start + nested_blocksize;
+        if (end - start == NESTED_BLOCK && aligned) {
+            nest_block(absmax + start, mean, thresholds, codes + start, scales + b);
+            continue;
+        }
         float largest = 0.0f;
-#pragma unroll 8
         for (u32 i = start + lane; i < end; i += WARP)
             largest = fmaxf(largest, fabsf(flush(__fsub_rn(absmax[i], mean))));
         largest = warp_max(largest);
         if (lane == 0) scales[b] = largest;
         float reciprocal = __fdiv_rn(1.0f, largest);
-#pragma unroll 8
         for (u32 i = start + lane; i < end; i += WARP) {
             float x = __fmul_rn(flush(__fsub_rn(absmax[i], mean)), reciprocal);
             codes[i] = (u8)dynamic_encode(thresholds, x);

@@ -328,6 +328,9 @@ pub struct LoraA {
     pub adapters: Vec<Beside>,
     /// Where each pair's dropped input is kept for [`LoraBackward`], if the backend keeps it; empty where nothing is kept.
     pub dropped: Vec<Dropped>,
+    /// `[T, low-rank columns of all]`: where these columns are written as well, for a [`LoraBackward`] that finds `x` made again
+    /// without them.
+    pub kept: Option<TensorId>,
 }
 
 /// An input with a module's dropout applied, and which of its elements were kept. Written and read in training alone; `in` is a multiple
@@ -358,10 +361,12 @@ pub struct AdaptedModule {
 /// The base weights' part is [`LinearBackward`]'s, which adds to `dx`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraBackward {
-    /// `[T, row]`, with the low-rank columns of [`LoraA`].
+    /// `[T, row]`, with the low-rank columns of [`LoraA`] unless `xa` has them.
     pub x: TensorId,
     /// in.
     pub in_features: usize,
+    /// What [`LoraA`] kept of the same modules, in their order.
+    pub xa: Option<TensorId>,
     /// The modules.
     pub modules: Vec<AdaptedModule>,
     /// `[T, in]`; absent where nothing before it is trained.

@@ -78,6 +78,8 @@ struct LayerActs {
     swiglu: Option<TensorId>,
     /// So are the outputs of both norms, where low-rank products lie beside them.
     normed: [Option<TensorId>; 2],
+    /// Of a layer that is not recomputed: the low-rank products that lay beside an input, by the first place that reads it.
+    low_rank: [Option<TensorId>; 7],
 }
 
 /// Writes one phase's program.
@@ -99,6 +101,17 @@ struct Pass<'a> {
     offloaded: Vec<TensorId>,
     /// The dropped inputs of the layer whose gradients come next.
     dropped: [Option<Dropped>; 7],
+}
+
+/// When the gradients of a layer's modules are computed.
+#[derive(Clone, Copy, PartialEq)]
+enum Gradients {
+    /// Not from this pass over the layer.
+    None,
+    /// Right after it, while its inputs are there.
+    Next,
+    /// When other layers have used their memory.
+    Later,
 }
 
 #[derive(Clone, Copy)]
@@ -408,17 +421,21 @@ impl<'a> Pass<'a> {
         self.adapters(l, m).last().map_or(width, |(_, last)| last.row())
     }
 
-    /// The low-rank products of the module in place `m` and of its siblings, beside their input. With `keep` their gradients come next,
-    /// and find the dropped inputs.
-    fn low_rank(&mut self, l: usize, m: usize, x: TensorId, keep: bool) {
+    /// The low-rank products of the module in place `m` and of its siblings, beside their input; the tensor that keeps them, if their
+    /// gradients come later.
+    fn low_rank(&mut self, l: usize, m: usize, x: TensorId, gradients: Gradients) -> Option<TensorId> {
         let places = self.adapters(l, m);
-        if places.is_empty() {
-            return;
-        }
+        let (Some((_, first)), Some((_, last))) = (places.first(), places.last()) else { return None };
         let in_features = self.module(l, m).in_features;
-        let keep = keep && places.iter().any(|(_, beside)| beside.lora.dropout > 0.0);
+        let drops = places.iter().any(|(_, beside)| beside.lora.dropout > 0.0);
+        let columns = last.end() - first.first;
+        let readers = [(Q, "q k v"), (GATE, "gate up"), (DOWN, "down")].iter().find(|(place, _)| *place == m);
+        let kept = (gradients == Gradients::Later && !drops).then(|| {
+            let readers = readers.map_or("", |(_, name)| name);
+            self.act(&format!("layer {l} {readers} x A^T"), Stage::Activations, columns)
+        });
         let mut dropped = Vec::new();
-        for &(place, _) in places.iter().filter(|_| keep) {
+        for &(place, _) in places.iter().filter(|_| gradients == Gradients::Next && drops) {
             let input = self.act(&format!("layer {l} dropped {place}"), Stage::Activations, in_features);
             let (name, shape) = (format!("layer {l} dropout mask {place}"), [self.tokens, in_features / 8]);
             let mask = self.regions.within(self.phase, &name, Stage::Activations, DType::U8, &shape);
@@ -426,7 +443,8 @@ impl<'a> Pass<'a> {
             dropped.extend(self.dropped[place]);
         }
         let adapters = places.into_iter().map(|(_, beside)| beside).collect();
-        self.push(Op::LoraA(LoraA { x, in_features, adapters, dropped }));
+        self.push(Op::LoraA(LoraA { x, in_features, adapters, dropped, kept }));
+        kept
     }
 
     /// The module that stands in a place; empty places are never asked for.
@@ -497,9 +515,15 @@ impl<'a> Pass<'a> {
     ) -> (LayerActs, Option<TensorId>) {
         let at = |what: &str| format!("layer {l} {what}");
         let ids = self.layout.layers[l].clone();
+        let gradients = match last {
+            false => Gradients::Next,
+            true if self.phase == Phase::MicroStep && l >= self.recomputed() => Gradients::Later,
+            true => Gradients::None,
+        };
+        let mut low_rank = [None; 7];
         let row = self.input_row(l, Q, self.hidden());
         let (n1, input_rstd) = self.norm(residual, delta, ids.input_norm, &at("attention"), 1, row);
-        self.low_rank(l, Q, n1, !last);
+        low_rank[Q] = self.low_rank(l, Q, n1, gradients);
         let input = delta.map_or(residual, |d| d.1);
         let offloads = last && l < self.offloaded.len();
         if offloads {
@@ -524,11 +548,11 @@ impl<'a> Pass<'a> {
         let middle = self.act(&at("middle"), Stage::Activations, self.hidden());
         let row = self.input_row(l, GATE, self.hidden());
         let (n2, middle_rstd) = self.norm(input, Some((attn, middle)), ids.post_norm, &at("mlp"), 1, row);
-        self.low_rank(l, GATE, n2, !last);
+        low_rank[GATE] = self.low_rank(l, GATE, n2, gradients);
         let f = self.spec.intermediate_size;
         let [gate, up] = self.side_by_side(l, GATE, n2, [("gate", f), ("up", f)], &mut xa);
         let h = self.swiglu(l, gate, up);
-        self.low_rank(l, DOWN, h, !last);
+        low_rank[DOWN] = self.low_rank(l, DOWN, h, gradients);
         let (mut down, mut swiglu, mut mlp_out) = (None, None, None);
         // A norm after the MLP needs its input in the backward pass.
         if last || ids.mlp_out_norm.is_some() {
@@ -571,6 +595,7 @@ impl<'a> Pass<'a> {
             xa,
             swiglu,
             normed,
+            low_rank,
         };
         (acts, down)
     }
@@ -605,10 +630,11 @@ impl<'a> Pass<'a> {
         let mut residual = self.embed(stage(0));
         let mut delta = None;
         let mut all = Vec::with_capacity(self.spec.num_hidden_layers);
+        if self.phase == Phase::MicroStep {
+            // Next to each other: a backend may write all of them at once.
+            (0..self.spec.num_hidden_layers).for_each(|l| self.place_b(l));
+        }
         for l in 0..self.spec.num_hidden_layers {
-            if self.phase == Phase::MicroStep {
-                self.place_b(l);
-            }
             let (acts, down) = self.layer(l, residual, delta, true);
             all.push(acts);
             residual = acts.middle;
@@ -625,7 +651,7 @@ impl<'a> Pass<'a> {
     }
 
     fn micro_step(mut self) -> Vec<Op> {
-        let recomputed = self.cfg.checkpointing.recomputed(self.spec.num_hidden_layers);
+        let recomputed = self.recomputed();
         if self.cfg.host_checkpoints {
             let (dtype, shape) = (self.cfg.compute_dtype, [self.tokens, self.hidden()]);
             for l in 0..recomputed {
@@ -673,6 +699,11 @@ impl<'a> Pass<'a> {
         self.ops
     }
 
+    /// Layers that are recomputed: the first ones.
+    fn recomputed(&self) -> usize {
+        self.cfg.checkpointing.recomputed(self.spec.num_hidden_layers)
+    }
+
     /// Starts to bring the input of layer `l` back from the host, where it is there.
     fn fetch(&mut self, l: usize) -> Option<TensorId> {
         let host = *self.offloaded.get(l)?;
@@ -710,21 +741,21 @@ impl<'a> Pass<'a> {
             Some(h) => Some(h),
             None => {
                 let h = self.swiglu(l, a.gate, a.up);
-                self.low_rank(l, DOWN, h, true);
+                self.low_rank_again(l, DOWN, h, a);
                 Some(h)
             }
         };
         let dmlp = self.out_norm_backward(l, "down", dres, a.mlp_out, ids.mlp_out_norm);
         let dh = self.grad_act(l, "swiglu", self.spec.intermediate_size, self.trained_before(l, 3));
-        if !self.low_rank_backward(l, &[(DOWN, down, dmlp)], h, dh) {
+        if !self.low_rank_backward(l, &[(DOWN, down, dmlp)], h, dh, a) {
             self.linear_backward(down, h, a.xa[DOWN], dmlp, dh, false);
         }
         let Some(dh) = dh else { return };
         let activation = self.spec.activation;
         self.push(Op::SwigluBackward(SwigluBackward { gate: a.gate, up: a.up, dout: dh, activation }));
-        let n2 = self.normed_again(l, GATE, a.normed[1], "mlp", (a.middle, a.middle_rstd), ids.post_norm);
+        let n2 = self.normed_again(l, GATE, a, "mlp", (a.middle, a.middle_rstd), ids.post_norm);
         let dn2 = self.grad_act(l, "mlp normed", self.hidden(), self.trained_before(l, 2));
-        self.side_by_side_backward(l, GATE, n2, &[a.gate, a.up], dn2, &a.xa);
+        self.side_by_side_backward(l, GATE, n2, &[a.gate, a.up], dn2, a);
         let Some(dn2) = dn2 else { return };
         self.norm_backward(dn2, a.middle, a.middle_rstd, ids.post_norm, dres);
         // Attention
@@ -789,9 +820,9 @@ impl<'a> Pass<'a> {
 
     fn qkv_backward(&mut self, l: usize, a: &LayerActs, dy: [TensorId; 3], dres: TensorId) {
         let norm = self.layout.layers[l].input_norm;
-        let n1 = self.normed_again(l, Q, a.normed[0], "attention", (a.input, a.input_rstd), norm);
+        let n1 = self.normed_again(l, Q, a, "attention", (a.input, a.input_rstd), norm);
         let dn1 = self.grad_act(l, "attention normed", self.hidden(), self.trained_before(l, 0));
-        self.side_by_side_backward(l, Q, n1, &dy, dn1, &a.xa);
+        self.side_by_side_backward(l, Q, n1, &dy, dn1, a);
         if let Some(dn1) = dn1 {
             self.norm_backward(dn1, a.input, a.input_rstd, norm, dres);
         }
@@ -805,16 +836,16 @@ impl<'a> Pass<'a> {
         x: Option<TensorId>,
         dy: &[TensorId],
         dx: Option<TensorId>,
-        xa: &[Option<TensorId>; 7],
+        a: &LayerActs,
     ) {
         if self.layout.layers[l].linears[first + 1].is_some() {
             let modules: Vec<_> =
                 dy.iter().enumerate().map(|(i, &dy)| (first + i, self.module(l, first + i), dy)).collect();
-            if self.low_rank_backward(l, &modules, x, dx) {
+            if self.low_rank_backward(l, &modules, x, dx, a) {
                 return;
             }
             for (i, &dy) in dy.iter().enumerate() {
-                self.linear_backward(self.module(l, first + i), x, xa[first + i], dy, dx, i > 0);
+                self.linear_backward(self.module(l, first + i), x, a.xa[first + i], dy, dx, i > 0);
             }
             return;
         }
@@ -824,8 +855,8 @@ impl<'a> Pass<'a> {
             let whole =
                 self.act(&format!("layer {l} {name} gradient"), Stage::ActivationGradients, linear.out_features);
             self.push(Op::JoinColumns(JoinColumns { parts: dy.to_vec(), whole }));
-            if !self.low_rank_backward(l, &[(first, linear, whole)], x, dx) {
-                self.linear_backward(linear, x, xa[first], whole, dx, false);
+            if !self.low_rank_backward(l, &[(first, linear, whole)], x, dx, a) {
+                self.linear_backward(linear, x, a.xa[first], whole, dx, false);
             }
         }
     }
@@ -838,6 +869,7 @@ impl<'a> Pass<'a> {
         modules: &[(usize, LinearIds, TensorId)],
         x: Option<TensorId>,
         dx: Option<TensorId>,
+        a: &LayerActs,
     ) -> bool {
         let adapted: Vec<AdaptedModule> = modules
             .iter()
@@ -846,9 +878,9 @@ impl<'a> Pass<'a> {
             })
             .collect();
         modules.iter().for_each(|&(m, ..)| self.dropped[m] = None);
-        let (Some(x), Some(first)) = (x, adapted.first()) else { return false };
+        let (Some(x), Some(first), Some(&(m, ..))) = (x, adapted.first(), modules.first()) else { return false };
         let in_features = first.linear.in_features;
-        self.push(Op::LoraBackward(LoraBackward { x, in_features, modules: adapted, dx }));
+        self.push(Op::LoraBackward(LoraBackward { x, in_features, xa: a.low_rank[m], modules: adapted, dx }));
         for &(_, linear, dy) in modules {
             let base = LinearIds { lora: None, ..linear };
             self.linear_backward(base, None, None, dy, dx, true);
@@ -870,16 +902,24 @@ impl<'a> Pass<'a> {
         wanted.then(|| self.act(&format!("layer {l} {what} gradient"), Stage::ActivationGradients, width))
     }
 
-    /// The input of the modules from place `m` on, if their gradients need it: `kept`, or normed again.
+    /// The low-rank products beside an input that was made again, for its modules' gradients: those that were kept, or new ones.
+    fn low_rank_again(&mut self, l: usize, m: usize, x: TensorId, a: &LayerActs) {
+        if a.low_rank[m].is_none() {
+            self.low_rank(l, m, x, Gradients::Next);
+        }
+    }
+
+    /// The input of the modules from place `m` on, if their gradients need it: what was kept, or `x` normed again.
     fn normed_again(
         &mut self,
         l: usize,
         m: usize,
-        kept: Option<TensorId>,
+        a: &LayerActs,
         at: &str,
         (x, rstd): (TensorId, TensorId),
         norm: NormIds,
     ) -> Option<TensorId> {
+        let kept = a.normed[usize::from(m == GATE)];
         if !self.any_learns(l, siblings(m)) || kept.is_some() {
             return kept;
         }
@@ -887,7 +927,7 @@ impl<'a> Pass<'a> {
         let out = self.act(&format!("layer {l} {at} normed again"), Stage::Activations, row);
         let offset = self.spec.norm_offset();
         self.push(Op::Rescale(Rescale { x, rstd, weight: norm.weight, offset, out }));
-        self.low_rank(l, m, out, true);
+        self.low_rank_again(l, m, out, a);
         Some(out)
     }
 

@@ -62,9 +62,11 @@ impl Op {
                 add(&[o.x]);
                 o.adapters.iter().for_each(|m| add(&[m.lora.a]));
                 o.dropped.iter().for_each(|d| add(&[d.input, d.mask]));
+                add(o.kept.as_slice());
             }
             Op::LoraBackward(o) => {
                 add(&[o.x]);
+                add(o.xa.as_slice());
                 add(o.dx.as_slice());
                 for m in &o.modules {
                     add(&[m.dy]);

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use tunebook::display::{bundle, chart, matrices, table};
 use tunebook::lesson::{attempt, attempt_close, check, synthetic};
+use tunebook::lora::LoraConfig;
 use tunebook::model::{Base, ModelSpec};
 use tunebook::nf4::{self, Nf4Config};
 use tunebook::plan::{Checkpointing, MemoryPlan, Stage, side_by_side};
@@ -78,8 +79,7 @@ fn plans_side_by_side_add_up() {
     assert!(difference.ends_with(&format!("+{}", gb(long.arena_bytes() - short.arena_bytes()))), "{difference}");
 }
 
-/// The count of lesson 01: two bytes for each number that a layer keeps, two statistics, and x A^T of the output projection; that
-/// of the others is made again with the inputs beside which it lies.
+/// The count of lesson 01: two bytes for each number that a layer keeps, statistics, and x A^T of the seven modules.
 #[test]
 fn what_a_layer_keeps_is_what_one_counts_by_hand() {
     let spec = ModelSpec::preset("mistral-7b-v0.1").unwrap();
@@ -87,6 +87,12 @@ fn what_a_layer_keeps_is_what_one_counts_by_hand() {
     let kept = plan.kept_by_layer(7);
     let bytes: u64 = kept.iter().map(|r| r.bytes()).sum();
     let activations = 2 * 512 * (4096 + 4096 + 1024 + 1024 + 4096 + 4096 + 2 * 14_336);
+    assert_eq!(bytes, activations + 2 * 512 * 64 * 7 + 4 * 512 * (32 + 1 + 1));
+    // With dropout the inputs are dropped again, and x A^T comes with them: of the output projection alone it is a tensor of its own.
+    let dropout = LoraConfig { r: 64, lora_dropout: 0.1, ..LoraConfig::default() };
+    let dropped =
+        MemoryPlan::qlora(&spec).adapter(dropout).batch(1).seq(512).checkpointing(Checkpointing::None).build().unwrap();
+    let bytes: u64 = dropped.kept_by_layer(7).iter().map(|r| r.bytes()).sum();
     assert_eq!(bytes, activations + 2 * 512 * 64 + 4 * 512 * (32 + 1 + 1));
     let recomputed = MemoryPlan::qlora(&spec).r(64).batch(1).seq(512).build().unwrap();
     let names: Vec<String> = recomputed.kept_by_layer(7).into_iter().map(|r| r.name).collect();

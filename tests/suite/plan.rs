@@ -195,6 +195,34 @@ fn dropped_inputs_are_kept_for_the_gradients_alone() {
     }
 }
 
+/// Without dropout, on a GPU: the low-rank products of a layer that is not recomputed are kept for its gradients; those of a recomputed
+/// one are there when they come.
+#[test]
+fn low_rank_products_are_computed_once_where_nothing_is_recomputed() {
+    let spec = mistral();
+    for (layers, recomputed) in [(Checkpointing::All, 32), (Checkpointing::Layers(5), 5), (Checkpointing::None, 0)] {
+        let plan = MemoryPlan::qlora(&spec).batch(4).checkpointing(layers).build().unwrap();
+        let (mut computed, mut kept, mut used) = (0, Vec::new(), 0);
+        for op in plan.program(Phase::MicroStep) {
+            match op {
+                Op::LoraA(o) => {
+                    computed += 1;
+                    kept.extend(o.kept);
+                }
+                Op::LoraBackward(o) => {
+                    used += 1;
+                    let Some(xa) = o.xa else { continue };
+                    assert_eq!(plan.regions()[xa.index()].shape[1], 16 * o.modules.len());
+                    kept.remove(kept.iter().position(|k| *k == xa).expect("kept, and read once"));
+                }
+                _ => {}
+            }
+        }
+        // Inputs of attention, of gate and up, of down.
+        assert_eq!((computed, used, kept.len()), (3 * (32 + recomputed), 3 * 32, 0), "{layers}");
+    }
+}
+
 /// On a GPU the update reads and writes paged state where it is; on the CPU it passes through windows.
 #[test]
 fn paged_state_needs_windows_on_the_cpu_alone() {

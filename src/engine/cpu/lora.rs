@@ -25,27 +25,37 @@ impl CpuOps {
                 columns[r..].fill(0.0);
             }
         }
+        let (Some(kept), Some(first)) = (op.kept, op.adapters.first()) else { return };
+        // SAFETY: two regions.
+        let (x, kept) = unsafe { (self.rows(op.x), self.rows(kept)) };
+        let columns = kept.len() / t;
+        for (x, kept) in x.chunks_exact(row).zip(kept.chunks_exact_mut(columns)) {
+            kept.copy_from_slice(&x[first.first..][..columns]);
+        }
     }
 
     pub(super) fn low_rank_grads(&self, op: &LoraBackward) {
-        let (t, k, row) = (self.tokens, op.in_features, self.width(op.x));
+        let (t, k) = (self.tokens, op.in_features);
         if let Some(dx) = op.dx {
             // SAFETY: one region.
             unsafe { self.rows(dx) }.fill(0.0);
         }
+        let mut kept = 0;
         for m in &op.modules {
             let Some(lora) = m.linear.lora else { continue };
             let (n, r) = (m.linear.out_features, lora.r);
+            let (low_rank, first) = op.xa.map_or((op.x, m.first), |xa| (xa, kept));
+            kept += low_rank_columns(r);
             let input = self.input(op.x, k, lora.dropout, lora.module);
             // SAFETY: regions of one operation.
-            let (x, dy, a, b) =
-                unsafe { (self.rows(op.x), self.rows(m.dy), self.slice::<f32>(lora.a), self.slice::<f32>(lora.b)) };
+            let (xa, dy, a, b) =
+                unsafe { (self.rows(low_rank), self.rows(m.dy), self.slice::<f32>(lora.a), self.slice::<f32>(lora.b)) };
             let mut dxa = vec![0f32; t * r];
             matmul(&mut dxa, Matrix::new(dy, n), Matrix::new(b, r), t, r, n, lora.scaling, false);
             if let Some((grad_a, grad_b)) = lora.grads {
                 // SAFETY: as above.
                 let (grad_a, grad_b) = unsafe { (self.slice::<f32>(grad_a), self.slice::<f32>(grad_b)) };
-                let xa = Matrix::strided(&x[m.first..], row);
+                let xa = Matrix::strided(&xa[first..], self.width(low_rank));
                 matmul(grad_b, Matrix::new(dy, n).t(), xa, n, r, t, lora.scaling, true);
                 matmul(grad_a, Matrix::new(&dxa, r).t(), Matrix::new(&input, k), r, k, t, 1.0, true);
             }

@@ -25,7 +25,7 @@ impl CudaOps {
     }
 
     /// `width` columns, each side from its first on.
-    fn copy_columns(&self, from: (TensorId, usize), to: (TensorId, usize), width: usize) -> Result<()> {
+    pub(super) fn copy_columns(&self, from: (TensorId, usize), to: (TensorId, usize), width: usize) -> Result<()> {
         let count = |n: usize| Arg::U32(n as u32);
         let args = [
             Arg::Ptr(self.ptr(from.0)),

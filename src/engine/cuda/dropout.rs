@@ -3,6 +3,7 @@
 use super::CudaOps;
 use super::gpu::{Arg, Launch};
 use crate::Result;
+use crate::engine::dropout::threshold;
 use crate::engine::ops::Lora;
 
 /// Blocks for each multiprocessor: enough to fill it, and each thread has several elements in long tensors.
@@ -62,13 +63,13 @@ impl CudaOps {
         n: usize,
         rows: &[Arg],
     ) -> Result<()> {
+        let (threshold, keep) = threshold(lora.dropout);
         let args = [
             Arg::Ptr(first),
             Arg::Ptr(second),
             Arg::U64(n as u64),
-            // As engine::dropout.
-            Arg::U32((f64::from(lora.dropout) * 4_294_967_296.0) as u32),
-            Arg::F32(1.0 / (1.0 - lora.dropout)),
+            Arg::U32(threshold),
+            Arg::F32(keep),
             Arg::U64(self.state.dropout_seed),
             Arg::U64(self.state.micro_step),
             Arg::U32(lora.module),

@@ -9,7 +9,23 @@ use super::matmul::Matrix;
 use super::nf4::ScaledB;
 use super::scratch::{LoraScratch, STACKED, has_dx_kernel};
 use crate::Result;
+use crate::engine::dropout;
 use crate::engine::ops::{AdaptedModule, Lora, LoraA, LoraBackward, Scratch, Weight, low_rank_columns};
+
+/// Matrices of a launch, at most: MATRICES of the kernel file.
+const MATRICES: usize = 64;
+
+/// B beside a matrix: what `lora_columns` writes. Addresses are device addresses.
+pub(super) struct Columns {
+    b: u64,
+    out: u64,
+    n: usize,
+    r: usize,
+    from: usize,
+    first: usize,
+    row: usize,
+    scaling: f32,
+}
 
 impl CudaOps {
     /// B as columns of a matrix, from `first` on.
@@ -29,18 +45,34 @@ impl CudaOps {
                 self.gpu.fill(x.columns(m.first + m.lora.r).ptr, 0, spare)?;
             }
             let adapters: Vec<_> = op.adapters.iter().map(|m| (&m.lora, x.columns(m.first).ptr)).collect();
-            return self.low_rank_one(k, x.ptr, &adapters);
+            self.low_rank_one(k, x.ptr, &adapters)?;
+            return self.keep_low_rank(op);
         }
         let base = self.at(scratch);
         let space = LoraScratch::forward(op, self.region(op.x).shape[0], e.size_in_bytes());
         let loras: Vec<Lora> = op.adapters.iter().map(|m| m.lora).collect();
         let a = Matrix::new(base + space.a, e, k);
         self.stack(&loras, k, a.ptr)?;
-        if !loras.iter().any(|lora| self.drops(lora)) {
+        if loras.iter().any(|lora| self.drops(lora)) {
+            self.low_rank_of_dropped(op, x, a, base + space.dropped)?;
+        } else {
             // Columns follow each other as the rows of A do.
             let first = op.adapters.first().map_or(k, |m| m.first);
-            return self.matmul(x.columns(first), x, a.t(), (t, space.columns, k), 1.0, 0.0);
+            self.matmul(x.columns(first), x, a.t(), (t, space.columns, k), 1.0, 0.0)?;
         }
+        self.keep_low_rank(op)
+    }
+
+    fn keep_low_rank(&self, op: &LoraA) -> Result<()> {
+        match (op.kept, op.adapters.first()) {
+            (Some(kept), Some(first)) => self.copy_columns((op.x, first.first), (kept, 0), self.width(kept)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A product for each module, from its own dropped input: in `space` where none is kept.
+    fn low_rank_of_dropped(&mut self, op: &LoraA, x: Matrix, a: Matrix, space: u64) -> Result<()> {
+        let (t, k, e) = (self.tokens, op.in_features, self.dtype);
         let mut row = 0;
         for (i, m) in op.adapters.iter().enumerate() {
             let columns = low_rank_columns(m.lora.r);
@@ -50,7 +82,7 @@ impl CudaOps {
                     self.dropout_kept(&m.lora, (x.ptr, x.row), input, t * k, k, mask)?;
                     Matrix::new(input, e, k)
                 }
-                None => self.dropped(&m.lora, x, k, base + space.dropped)?,
+                None => self.dropped(&m.lora, x, k, space)?,
             };
             self.matmul(x.columns(m.first), dropped, a.rows(row).t(), (t, columns, k), 1.0, 0.0)?;
             row += columns;
@@ -65,6 +97,7 @@ impl CudaOps {
         let x = Matrix::new(self.ptr(op.x), e, self.width(op.x));
         let a = Matrix::new(base + space.a, e, k);
         let all_dxa = Matrix::new(base + space.dxa, e, space.columns);
+        let kept = op.xa.map(|xa| Matrix::new(self.ptr(xa), e, space.columns));
         let loras: Vec<Lora> = op.modules.iter().filter_map(|m| m.linear.lora).collect();
         let drops = loras.iter().any(|lora| self.drops(lora));
         self.stack(&loras, k, a.ptr)?;
@@ -83,7 +116,8 @@ impl CudaOps {
             if let Some((grad_a, grad_b)) = lora.grads {
                 let (grad_a, grad_b) =
                     (Matrix::new(self.ptr(grad_a), DType::F32, k), Matrix::new(self.ptr(grad_b), DType::F32, r));
-                self.matmul(grad_b, dy.t(), x.columns(m.first), (n, r, t), lora.scaling, 1.0)?;
+                let xa = kept.map_or(x.columns(m.first), |kept| kept.columns(row));
+                self.matmul(grad_b, dy.t(), xa, (n, r, t), lora.scaling, 1.0)?;
                 if !together {
                     let x = match m.dropped.filter(|_| self.drops(lora)) {
                         Some(kept) => Matrix::new(self.ptr(kept.input), e, k),
@@ -123,7 +157,9 @@ impl CudaOps {
         let mut first = 0;
         for i in 0..STACKED {
             let (columns, mask, keep) = match (loras.get(i), op.modules.get(i).and_then(|m| m.dropped)) {
-                (Some(lora), Some(kept)) => (low_rank_columns(lora.r), self.ptr(kept.mask), 1.0 / (1.0 - lora.dropout)),
+                (Some(lora), Some(kept)) => {
+                    (low_rank_columns(lora.r), self.ptr(kept.mask), dropout::threshold(lora.dropout).1)
+                }
                 _ => (0, 0, 0.0),
             };
             let [dxa, a] = [dxa.columns(first).ptr, a.rows(first).ptr].map(Arg::Ptr);
@@ -165,7 +201,7 @@ impl CudaOps {
             return Ok(Matrix::new(self.ptr(w), self.dtype, self.width(w)).columns(m.first));
         }
         let columns = low_rank_columns(lora.r);
-        self.columns_of_b(lora, space, n, (0, 0, columns))?;
+        self.write_columns(&[self.columns_of_b(lora, space, n, (0, 0, columns))])?;
         Ok(Matrix::new(space, self.dtype, columns))
     }
 
@@ -177,11 +213,31 @@ impl CudaOps {
         out: u64,
         n: usize,
         (from, first, row): (usize, usize, usize),
-    ) -> Result<()> {
-        let work = n * (first + low_rank_columns(lora.r) - from);
-        let [n, r, from, first, row] = [n, lora.r, from, first, row].map(|n| Arg::U32(n as u32));
-        let args = [Arg::Ptr(self.ptr(lora.b)), Arg::Ptr(out), n, r, from, first, row, Arg::F32(lora.scaling)];
-        self.gpu.launch("lora", "lora_columns", self.elements(work), &args)
+    ) -> Columns {
+        Columns { b: self.ptr(lora.b), out, n, r: lora.r, from, first, row, scaling: lora.scaling }
+    }
+
+    /// Writes the columns that wait, many matrices a launch.
+    pub(super) fn launch_columns(&mut self) -> Result<()> {
+        std::mem::take(&mut self.columns).chunks(MATRICES).try_for_each(|some| self.write_columns(some))
+    }
+
+    /// At most [`MATRICES`] of them.
+    fn write_columns(&self, some: &[Columns]) -> Result<()> {
+        let mut table = Vec::with_capacity(MATRICES * 40);
+        let mut work = 0;
+        for m in some {
+            [m.b, m.out].iter().for_each(|p| table.extend_from_slice(&p.to_ne_bytes()));
+            for x in [m.n, m.r, m.from, m.first, m.row] {
+                table.extend_from_slice(&(x as u32).to_ne_bytes());
+            }
+            table.extend_from_slice(&m.scaling.to_ne_bytes());
+            work = work.max(m.n * (m.first + low_rank_columns(m.r) - m.from));
+        }
+        table.resize(MATRICES * 40, 0);
+        let how = self.elements(work);
+        let how = Launch { grid: [how.grid[0], some.len() as u32, 1], ..how };
+        self.gpu.launch_with("lora", "lora_columns", how, &table, &[])
     }
 
     /// A of every pair, one below the other, in the compute dtype at `out`.

@@ -94,6 +94,8 @@ pub struct CudaOps {
     staging: Option<load::Staging>,
     /// Modules of one token that wait to be launched together.
     ones: Vec<linear_one::One>,
+    /// Columns of B that wait to be written together.
+    columns: Vec<lora::Columns>,
     /// Scalars of the step.
     pub state: StepState,
     /// The plain attention kernels instead of the tiled ones, for comparison.
@@ -137,6 +139,7 @@ impl CudaOps {
             updates: Vec::new(),
             staging: None,
             ones: Vec::new(),
+            columns: Vec::new(),
             state,
             plain_attention: false,
             gpu,
@@ -181,6 +184,13 @@ impl CudaOps {
         beta: f32,
     ) -> Result<()> {
         self.products.matmul(&self.gpu, c, a, b, shape, alpha, beta)
+    }
+
+    /// Launches all that waits for its like.
+    fn launch_waiting(&mut self) -> Result<()> {
+        self.launch_columns()?;
+        self.launch_ones()?;
+        self.launch_updates()
     }
 
     /// The pinned bytes of a region on the host.
@@ -250,8 +260,7 @@ impl Backend for CudaOps {
     }
 
     fn poison(&mut self, ids: &[TensorId], scratch: Scratch) -> Result<()> {
-        self.launch_ones()?;
-        self.launch_updates()?;
+        self.launch_waiting()?;
         for &id in ids {
             self.gpu.fill(self.ptr(id), 0xff, self.region(id).bytes())?;
         }
@@ -265,8 +274,7 @@ impl Backend for CudaOps {
     }
 
     fn wait(&mut self) -> Result<()> {
-        self.launch_ones()?;
-        self.launch_updates()?;
+        self.launch_waiting()?;
         self.gpu.wait()
     }
 
@@ -293,7 +301,10 @@ impl Backend for CudaOps {
 
 impl Ops for CudaOps {
     fn before(&mut self, op: &Op) -> Result<()> {
-        // Modules wait for their siblings alone: what comes next may read or overwrite what is theirs.
+        // Modules wait for their siblings alone, and columns for others: what comes next may read or overwrite what is theirs.
+        if !matches!(op, Op::LoraB(_)) {
+            self.launch_columns()?;
+        }
         if matches!(op, Op::Linear(_)) { Ok(()) } else { self.launch_ones() }
     }
     fn load_batch(&mut self, op: &LoadBatch) -> Result<()> {
@@ -403,7 +414,9 @@ impl Ops for CudaOps {
     }
     fn lora_b(&mut self, op: &LoraB) -> Result<()> {
         let (shape, k) = (&self.region(op.out).shape, op.in_features);
-        self.columns_of_b(&op.lora.lora, self.ptr(op.out), shape[0], (k, op.lora.first, shape[1]))
+        let columns = self.columns_of_b(&op.lora.lora, self.ptr(op.out), shape[0], (k, op.lora.first, shape[1]));
+        self.columns.push(columns);
+        Ok(())
     }
     fn zero(&mut self, op: &Zero) -> Result<()> {
         self.launch_updates()?;

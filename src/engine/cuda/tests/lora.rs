@@ -70,13 +70,21 @@ fn module(b: &mut Bench, (n, k): (usize, usize), r: usize, kept: Kept, p: f32, f
     Module { n, linear, w, a, b: bb, grads, first }
 }
 
-/// Modules of these widths and ranks side by side.
-fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool) {
-    group_of(b, k, sizes, kept, p, dx, false);
+/// What the forward pass leaves for the gradients beside x.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Left {
+    Nothing,
+    DroppedInputs,
+    /// The low-rank columns, which x has no longer.
+    LowRank,
 }
 
-/// `kept_inputs`: the dropped inputs are kept for the gradients.
-fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool, kept_inputs: bool) {
+/// Modules of these widths and ranks side by side.
+fn group(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool) {
+    group_of(b, k, sizes, kept, p, dx, Left::Nothing);
+}
+
+fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f32, dx: bool, left: Left) {
     let t = b.tokens;
     let mut first = k;
     let mut modules = Vec::new();
@@ -85,7 +93,7 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
         first += low_rank_columns(r);
     }
     let row = first.next_multiple_of(64);
-    b.part(format!("group of {sizes:?} at {k}, {kept:?}, dropout {p}, dx {dx}"));
+    b.part(format!("group of {sizes:?} at {k}, {kept:?}, dropout {p}, dx {dx}, left {left:?}"));
     let drop = |b: &Bench, x: &[f32], module: usize| {
         let mut x = x.to_vec();
         if p > 0.0 && b.state.training {
@@ -104,7 +112,7 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
     let adapters = modules.iter().zip(&loras).map(|(m, &lora)| Beside { lora, first: m.first }).collect();
     let dropped: Vec<Dropped> = modules
         .iter()
-        .filter(|_| kept_inputs)
+        .filter(|_| left == Left::DroppedInputs)
         .map(|_| {
             let input = b.between("dropped", &[t + SPARE, k], &[]);
             let mask = b.bytes::<u8>("mask", DType::U8, &[t + SPARE, k / 8], &[]);
@@ -112,7 +120,10 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
             Dropped { input, mask }
         })
         .collect();
-    b.op(Op::LoraA(LoraA { x: x_id, in_features: k, adapters, dropped: dropped.clone() }));
+    let kept_xa = (left == Left::LowRank).then(|| b.out("xa kept", first - k));
+    let op = LoraA { x: x_id, in_features: k, adapters, dropped: dropped.clone(), kept: kept_xa };
+    b.op(Op::LoraA(op));
+    let mut all_xa = vec![Vec::new(); t];
     let mut parts = vec![b.out("x again", k)];
     b.want(parts[0], 0.0, Plain::Within(0.0));
     for (i, (m, lora)) in modules.iter().zip(&loras).enumerate() {
@@ -121,6 +132,7 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
         if b.state.adapter {
             let part = b.out("xa", columns);
             let padded: Vec<f32> = xa.chunks(r).flat_map(|xa| [xa, &vec![0.0; columns - r]].concat()).collect();
+            all_xa.iter_mut().zip(padded.chunks(columns)).for_each(|(all, xa)| all.extend_from_slice(xa));
             b.want(part, TOLERANCE, Plain::Values(padded));
             parts.push(part);
         }
@@ -134,13 +146,23 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
         b.want(y, TOLERANCE, Plain::Values(plain));
     }
     b.op(Op::SplitColumns(SplitColumns { whole: x_id, parts }));
+    if let Some(kept) = kept_xa {
+        b.want(kept, TOLERANCE, Plain::Values(all_xa.concat()));
+    }
     if !b.state.adapter {
         return;
     }
 
     // Backward, from other numbers for the low-rank products.
     let tail = b.random(t * (row - k));
-    let x_id = b.act("x kept", row, &beside(&tail));
+    let low_rank = (left == Left::LowRank).then(|| {
+        let columns: Vec<f32> = tail.chunks(row - k).flat_map(|tail| &tail[..first - k]).copied().collect();
+        b.act("xa again", first - k, &columns)
+    });
+    let x_id = match left {
+        Left::LowRank => b.between("x again", &[t + SPARE, row], &beside(&vec![f32::NAN; t * (row - k)])),
+        _ => b.act("x kept", row, &beside(&tail)),
+    };
     let dx_id = dx.then(|| b.out("dx", k));
     let mut plain_dx = vec![0f32; t * k];
     let mut adapted = Vec::new();
@@ -161,7 +183,8 @@ fn group_of(b: &mut Bench, k: usize, sizes: &[(usize, usize)], kept: Kept, p: f3
         b.want(grad_a, TOLERANCE, Plain::Values(plus(&m.grads[0], &da)));
         b.want(grad_b, TOLERANCE, Plain::Values(plus(&m.grads[1], &db)));
     }
-    b.op(Op::LoraBackward(LoraBackward { x: x_id, in_features: k, modules: adapted.clone(), dx: dx_id }));
+    let op = LoraBackward { x: x_id, in_features: k, xa: low_rank, modules: adapted.clone(), dx: dx_id };
+    b.op(Op::LoraBackward(op));
     let Some(dx) = dx_id else { return };
     for m in adapted {
         let linear = LinearIds { lora: None, ..m.linear };
@@ -198,6 +221,7 @@ fn modules_that_share_their_input() {
                 group(&mut b, k, &[(104, 16), (40, 3), (33, 8)], kept, 0.0, true);
                 group(&mut b, k, &[(72, 8), (97, 12)], kept, 0.0, true);
                 group(&mut b, k, &[(100, 5)], kept, 0.0, false);
+                group_of(&mut b, k, &[(104, 16), (40, 3), (33, 8)], kept, 0.0, true, Left::LowRank);
             }
         }
         b.check();
@@ -217,10 +241,11 @@ fn modules_that_share_their_input_with_dropout() {
                 group(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true);
                 group(&mut b, 72, &[(100, 5)], kept, 0.3, false);
                 // Kept, with a kernel of its own for dx where widths allow it: 128s of columns, 16s of ranks.
-                group_of(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true, true);
-                group_of(&mut b, 256, &[(104, 16), (40, 15), (33, 80)], kept, 0.3, true, true);
-                group_of(&mut b, 128, &[(72, 64)], kept, 0.3, true, true);
-                group_of(&mut b, 128, &[(72, 32)], kept, 0.3, false, true);
+                group_of(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true, Left::DroppedInputs);
+                group_of(&mut b, 256, &[(104, 16), (40, 15), (33, 80)], kept, 0.3, true, Left::DroppedInputs);
+                group_of(&mut b, 128, &[(72, 64)], kept, 0.3, true, Left::DroppedInputs);
+                group_of(&mut b, 128, &[(72, 32)], kept, 0.3, false, Left::DroppedInputs);
+                group_of(&mut b, 72, &[(104, 16), (40, 3), (33, 8)], kept, 0.3, true, Left::LowRank);
             }
             b.check();
         }
