@@ -157,6 +157,15 @@ pub fn cells() -> std::result::Result<(), Box<dyn std::error::Error>> {
         println!("no layer recomputed needs {}: not on this card", short_bytes(no_layer.process_bytes(&card)));
     }
     println!("\nTUNEBOOK_CELL 23");
+    let held = builder.clone().checkpointing(Checkpointing::All).dequantized_layers(32).build()?;
+    if held.process_bytes(&card) <= card.total_bytes {
+        let decoded = tokens_per_second(&held, &batch)?;
+        println!("all layers recomputed, none decoded: {decoded:.0} tokens/s in {}", short_bytes(held.arena_bytes()));
+        println!("{:.2} times as fast", decoded / recomputed);
+    } else {
+        println!("all layers held dequantized need {}: not on this card", short_bytes(held.process_bytes(&card)));
+    }
+    println!("\nTUNEBOOK_CELL 25");
     match std::env::var("TUNEBOOK_MODEL") {
         Err(_) => println!("TUNEBOOK_MODEL is not set: the run above used random weights"),
         Ok(dir) => {
@@ -171,7 +180,7 @@ pub fn cells() -> std::result::Result<(), Box<dyn std::error::Error>> {
             println!("{:?}", Run::create("../runs/lesson-10", plan, base, data, settings)?.train()?);
         }
     }
-    println!("\nTUNEBOOK_CELL 25");
+    println!("\nTUNEBOOK_CELL 27");
     let my_gb = 10.0;
     let longer = builder.clone().seq(1024).checkpointing(Checkpointing::All).build()?;
     {
@@ -179,7 +188,7 @@ pub fn cells() -> std::result::Result<(), Box<dyn std::error::Error>> {
             { attempt_close("GB with eight sequences of 1,024", my_gb, longer.arena_bytes() as f64 / 1e9, 0.02) };
         (&Last(&last)).show();
     }
-    println!("\nTUNEBOOK_CELL 27");
+    println!("\nTUNEBOOK_CELL 29");
     fn my_held(bytes: u64) -> u64 {
         bytes
     }
@@ -187,7 +196,7 @@ pub fn cells() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let last = { attempt("bytes held for 5,000,000", my_held(5_000_000), 6_291_456) };
         (&Last(&last)).show();
     }
-    println!("\nTUNEBOOK_CELL 29");
+    println!("\nTUNEBOOK_CELL 31");
     let my_speed = batch.len() as f64 / (batch.tokens() as f64 / recomputed);
     println!("{my_speed:.1} tokens per second");
     println!("\nTUNEBOOK_CELL end");
