@@ -163,7 +163,7 @@ pub struct LoraConfig {
     pub r: usize,
     /// Numerator of the scaling.
     pub lora_alpha: f64,
-    /// Probability with which an element of x is dropped before A while training, in steps of 1/65,536.
+    /// Probability with which an element of x is dropped before A while training: 0, or in steps of 1/65,536, at least one.
     pub lora_dropout: f64,
     /// Scale by `lora_alpha / sqrt(r)` (rank-stabilised) instead of `lora_alpha / r`.
     pub use_rslora: bool,
