@@ -21,10 +21,11 @@ pub fn philox(mut counter: [u32; 4], key: u64) -> [u32; 4] {
     counter
 }
 
-/// Below which of 65,536 numbers an element is dropped, and the factor of the others: `p`, above zero, in steps of 1/65,536, at least
-/// one, and the factor of that step, so that the mean stays.
+/// Below which of 65,536 numbers an element is dropped, and the factor of the others: `p` in steps of 1/65,536, at least one unless it
+/// is zero, and the factor of that step, so that the mean stays.
 pub(crate) fn threshold(p: f32) -> (u32, f32) {
-    let threshold = (f64::from(p) * 65_536.0).round().clamp(1.0, 65_535.0);
+    let least = if p > 0.0 { 1.0 } else { 0.0 };
+    let threshold = (f64::from(p) * 65_536.0).round().clamp(least, 65_535.0);
     (threshold as u32, (65_536.0 / (65_536.0 - threshold)) as f32)
 }
 
@@ -69,6 +70,7 @@ mod tests {
     fn steps_of_the_probability() {
         assert_eq!(threshold(0.5), (32_768, 2.0));
         assert_eq!(threshold(0.1), (6_554, 65_536.0 / 58_982.0));
+        assert_eq!(threshold(0.0), (0, 1.0));
         // Never nothing, never everything.
         assert_eq!(threshold(1e-6).0, 1);
         assert_eq!(threshold(0.999_999), (65_535, 65_536.0));
