@@ -365,7 +365,7 @@ pub struct LoraBackward {
     pub x: TensorId,
     /// in.
     pub in_features: usize,
-    /// What [`LoraA`] kept of the same modules, in their order.
+    /// `[T, low-rank columns of all]`: what [`LoraA`] kept of the same modules, in their order.
     pub xa: Option<TensorId>,
     /// The modules.
     pub modules: Vec<AdaptedModule>,

@@ -174,6 +174,16 @@ fn siblings(m: usize) -> std::ops::RangeInclusive<usize> {
     }
 }
 
+/// The names of those modules.
+fn sibling_names(m: usize) -> &'static str {
+    match m {
+        Q..=V => "q k v",
+        GATE..=UP => "gate up",
+        O => "attention output",
+        _ => "down",
+    }
+}
+
 /// The adapted modules of a layer that read the same input as the one in place `m`, each with the column of that input where its
 /// low-rank product lies: on a GPU, where the base product takes it along. Not attention's output, which its kernels write and
 /// read as heads, not widths that are no whole vectors, and not where DoRA scales the product after it.
@@ -429,11 +439,8 @@ impl<'a> Pass<'a> {
         let in_features = self.module(l, m).in_features;
         let drops = places.iter().any(|(_, beside)| beside.lora.dropout > 0.0);
         let columns = last.end() - first.first;
-        let readers = [(Q, "q k v"), (GATE, "gate up"), (DOWN, "down")].iter().find(|(place, _)| *place == m);
-        let kept = (gradients == Gradients::Later && !drops).then(|| {
-            let readers = readers.map_or("", |(_, name)| name);
-            self.act(&format!("layer {l} {readers} x A^T"), Stage::Activations, columns)
-        });
+        let kept = (gradients == Gradients::Later && !drops)
+            .then(|| self.act(&format!("layer {l} {} x A^T", sibling_names(m)), Stage::Activations, columns));
         let mut dropped = Vec::new();
         for &(place, _) in places.iter().filter(|_| gradients == Gradients::Next && drops) {
             let input = self.act(&format!("layer {l} dropped {place}"), Stage::Activations, in_features);
@@ -851,9 +858,8 @@ impl<'a> Pass<'a> {
         }
         let linear = self.module(l, first);
         if self.learns(&linear) || dx.is_some() {
-            let name = if first == Q { "q k v" } else { "gate up" };
-            let whole =
-                self.act(&format!("layer {l} {name} gradient"), Stage::ActivationGradients, linear.out_features);
+            let name = format!("layer {l} {} gradient", sibling_names(first));
+            let whole = self.act(&name, Stage::ActivationGradients, linear.out_features);
             self.push(Op::JoinColumns(JoinColumns { parts: dy.to_vec(), whole }));
             if !self.low_rank_backward(l, &[(first, linear, whole)], x, dx, a) {
                 self.linear_backward(linear, x, a.xa[first], whole, dx, false);
